@@ -1,0 +1,45 @@
+"""Heeler: PPO for language models, control and games, on one core."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from heeler.policies.language_model import Full, LoRA, SeparateCritic, TopLayers, ValueHead
+    from heeler.ppo.advantages import AdvantageConfig
+    from heeler.ppo.kl import AdaptiveKL, FixedKL
+    from heeler.ppo.schedules import Schedule
+    from heeler.ppo.update import PPOConfig
+    from heeler.train.text import TextConfig, load_text_run, resume_text, train_text
+    from heeler.types import CheckFailed, HeelerError, Sampling
+
+_HOMES = {
+    "AdaptiveKL": "heeler.ppo.kl",
+    "AdvantageConfig": "heeler.ppo.advantages",
+    "CheckFailed": "heeler.types",
+    "FixedKL": "heeler.ppo.kl",
+    "Full": "heeler.policies.language_model",
+    "HeelerError": "heeler.types",
+    "LoRA": "heeler.policies.language_model",
+    "PPOConfig": "heeler.ppo.update",
+    "Sampling": "heeler.types",
+    "Schedule": "heeler.ppo.schedules",
+    "SeparateCritic": "heeler.policies.language_model",
+    "TextConfig": "heeler.train.text",
+    "TopLayers": "heeler.policies.language_model",
+    "ValueHead": "heeler.policies.language_model",
+    "load_text_run": "heeler.train.text",
+    "resume_text": "heeler.train.text",
+    "train_text": "heeler.train.text",
+}
+__all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:  # torch is imported when something that needs it is, not before
+    if name not in _HOMES:
+        raise AttributeError(f"module 'heeler' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

@@ -1,0 +1,103 @@
+"""Token sequences as the policy reads them: packed for storage, padded right for the forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class PaddedRows:
+    """Right-padded rows and where their decisions are read.
+
+    Right padding and causal attention need no mask: no real token can see a pad.
+
+    Attributes:
+        ids: `[B, L]` token ids, the pads are 0.
+        states: `[B, L, H]` hidden states at the trunk's boundary, or None where they were not kept.
+        rows, columns: `[n]` position that predicts each decision: the one *before* the sampled token.
+        tokens: `[n]` the sampled tokens.
+        lengths: `[B]` real tokens in each row.
+    """
+
+    ids: Tensor
+    states: Tensor | None
+    rows: Tensor
+    columns: Tensor
+    tokens: Tensor
+    lengths: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenInputs:
+    """Sequences of tokens, one item each; implements `heeler.types.Inputs`.
+
+    Attributes:
+        tokens: `[T]` int64, all sequences behind one another.
+        lengths: `[I]` int64, tokens in each.
+        is_decision: `[T]` bool, the token was sampled by the policy. Prompts and tool outputs are not. The first
+            token of a sequence cannot be one: nothing predicts it.
+        trunk_states: `[T, H]` hidden states at the boundary of the frozen trunk, or None. The row of a
+            sequence's last token is never read.
+    """
+
+    tokens: Tensor
+    lengths: Tensor
+    is_decision: Tensor
+    trunk_states: Tensor | None = None
+
+    @cached_property
+    def starts(self) -> Tensor:
+        return self.lengths.cumsum(0) - self.lengths
+
+    @cached_property
+    def decision_counts(self) -> Tensor:
+        item = torch.repeat_interleave(torch.arange(len(self.lengths), device=self.lengths.device), self.lengths)
+        return torch.zeros_like(self.lengths).scatter_add_(0, item, self.is_decision.long())
+
+    @property
+    def costs(self) -> Tensor:
+        return self.lengths
+
+    def _token_indices(self, items: Tensor) -> Tensor:
+        counts = self.lengths[items]
+        first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+        within = torch.arange(int(counts.sum()), device=counts.device) - first
+        return torch.repeat_interleave(self.starts[items], counts) + within
+
+    def select(self, items: Tensor) -> TokenInputs:
+        index = self._token_indices(items)
+        return TokenInputs(
+            tokens=self.tokens[index],
+            lengths=self.lengths[items],
+            is_decision=self.is_decision[index],
+            trunk_states=None if self.trunk_states is None else self.trunk_states[index],
+        )
+
+    def padded(self, *, include_last: bool = False) -> PaddedRows:
+        """The rows of a forward pass. The last token of a sequence predicts nothing that was sampled, so it is
+        left out unless `include_last` (a value after the last decision needs it)."""
+        num_rows = len(self.lengths)
+        row = torch.repeat_interleave(torch.arange(num_rows, device=self.tokens.device), self.lengths)
+        column = torch.arange(len(self.tokens), device=self.tokens.device) - self.starts[row]
+        widths = self.lengths if include_last else self.lengths - 1
+        fed = column < widths[row]
+        width = max(int(widths.max()), 1)
+        ids = self.tokens.new_zeros(num_rows, width)
+        ids[row[fed], column[fed]] = self.tokens[fed]
+        states = None
+        if self.trunk_states is not None and not include_last:
+            states = self.trunk_states.new_zeros(num_rows, width, self.trunk_states.shape[1])
+            states[row[fed], column[fed]] = self.trunk_states[fed]
+        decided = self.is_decision
+        return PaddedRows(
+            ids=ids,
+            states=states,
+            rows=row[decided],
+            columns=column[decided] - 1,
+            tokens=self.tokens[decided],
+            lengths=widths,
+        )

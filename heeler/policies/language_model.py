@@ -1,0 +1,445 @@
+"""A causal language model as a PPO policy: what is trained, the critic, and the frozen reference.
+
+    tokens -> [trunk, frozen, shared by all roles] -> [top, trained] -> output layer -> log-probabilities
+                                                  \\-> [top, frozen copy, or adapters off] -> reference
+                                                  \\-> value head, or a critic of its own
+
+Three ways to train: all weights, the top k layers (the trunk below is computed once for all roles), or LoRA
+adapters. Two critics: a head on the policy's final hidden states, or a model of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from heeler.policies.inputs import PaddedRows, TokenInputs
+from heeler.policies.logprobs import token_logprobs
+from heeler.policies.splitting import layer_list, shared_copy, split, top_parameters
+from heeler.runtime.packages import quiet_transformers, require
+from heeler.types import HeelerError, Inputs, PolicyOutput
+
+
+@dataclass(frozen=True, kw_only=True)
+class Full:
+    """Train every weight of the model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TopLayers:
+    """Train the last `layers` decoder layers and the final norm; the trunk and the output layer stay frozen.
+
+    Attributes:
+        layers: how many; the frozen rest is computed once for policy, critic and reference.
+    """
+
+    layers: int = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoRA:
+    """Train low-rank adapters (peft) on the linear layers; the reference is the model with adapters off.
+
+    Attributes:
+        rank: r of the adapters.
+        alpha: their scale is alpha / rank.
+        layers: adapt the last `layers` decoder layers only; None adapts all.
+    """
+
+    rank: int = 16
+    alpha: float = 32.0
+    layers: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueHead:
+    """A small network on the policy's final hidden states.
+
+    Attributes:
+        detach: keep the value loss out of the policy's layers.
+    """
+
+    detach: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeparateCritic:
+    """A critic with layers of its own; with a frozen trunk it has its own top on the shared trunk.
+
+    Attributes:
+        model: "policy" starts from the policy's weights; a path or hub id from another model with the same
+            vocabulary, for instance a reward model of the causal kind.
+    """
+
+    model: str = "policy"
+
+
+Trainable = Full | TopLayers | LoRA
+Critic = ValueHead | SeparateCritic
+
+
+def _value_network(hidden_size: int) -> nn.Module:
+    network = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, 1))
+    nn.init.zeros_(network[2].weight)  # pyright: ignore
+    nn.init.zeros_(network[2].bias)  # pyright: ignore
+    return network
+
+
+class LanguageModelPolicy:
+    """Policy, critic and reference over one set of shared frozen weights; implements `heeler.types.Policy`.
+
+    Args:
+        model: a transformers causal LM in float32. It is changed in place.
+        trainable: which weights are trained.
+        critic: where the values come from.
+        temperature: of the distribution that is sampled from and trained.
+        precision: "fp32", or "bf16" (frozen weights in bf16, trained ones in fp32 under autocast).
+        entropy_gradient: whether the entropy is part of the loss.
+        seed: of the value network's and the adapters' first weights.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        trainable: Trainable,
+        critic: Critic,
+        temperature: float = 1.0,
+        precision: Literal["fp32", "bf16"] = "fp32",
+        entropy_gradient: bool = False,
+        seed: int = 0,
+    ) -> None:
+        self.trainable, self.critic_config = trainable, critic
+        self.temperature, self.precision = temperature, precision
+        self.entropy_gradient = entropy_gradient
+        self.notes: list[str] = []  # what the user should know about the paths that were chosen
+        self.model: Any = model.eval()
+        self.device: torch.device = next(model.parameters()).device
+        base = model.base_model
+        if isinstance(trainable, (TopLayers, LoRA)) and trainable.layers is not None:
+            found = layer_list(base)
+            if found is None:
+                raise HeelerError(
+                    f"{type(base).__name__} has no list of decoder layers that Heeler finds, so the top layers cannot"
+                    " be chosen: train it whole, or with LoRA on all layers"
+                )
+            if not 1 <= trainable.layers <= len(found[1]):
+                raise HeelerError(
+                    f"cannot train the top {trainable.layers} layers: the model has {len(found[1])} of them"
+                )
+        changing = self._changing_parameters(base)
+        self.changed_names = [name for name, parameter in model.named_parameters() if id(parameter) in changing]
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+            if precision == "bf16" and id(parameter) not in changing:
+                parameter.data = parameter.data.to(torch.bfloat16)
+        self._linear_head = self._head_is_linear()
+        torch.manual_seed(seed)
+
+        self.engine_model: Any = shared_copy(model, [p for p in model.parameters() if id(p) in changing])
+        if precision == "bf16":
+            self.engine_model.to(torch.bfloat16)
+        self.peft_model: Any = None
+        critic_source = copy.deepcopy(base) if isinstance(critic, SeparateCritic) and isinstance(trainable, Full) else None
+        reference_model: Any = None if isinstance(trainable, LoRA) else shared_copy(
+            model, [p for p in model.parameters() if id(p) in changing]
+        )
+        if isinstance(trainable, LoRA):
+            self._add_adapters(trainable)
+        else:
+            for parameter in model.parameters():
+                parameter.requires_grad_(id(parameter) in changing)
+        self._reference_lm: Any = model if reference_model is None else reference_model.requires_grad_(False)
+        self._split(reference_model)
+        self._build_critic(critic, critic_source)
+
+    # what is trained ------------------------------------------------------------------------------------------
+
+    def _changing_parameters(self, base: Any) -> set[int]:
+        if isinstance(self.trainable, Full):
+            return {id(p) for p in self.model.parameters()}
+        if self.trainable.layers is None:
+            chosen = [p for p in base.parameters() if p.ndim >= 2 and p is not base.get_input_embeddings().weight]
+        else:
+            chosen = top_parameters(base, self.trainable.layers)
+        return {id(p) for p in chosen}
+
+    def _head_is_linear(self) -> bool:
+        """Whether logits are just `W h + b`: compared with the model's own, since some scale or cap them."""
+        head = self.model.get_output_embeddings()
+        if not isinstance(head, nn.Linear):
+            linear = False
+        else:
+            ids = torch.arange(1, 9, device=self.device)[None] % self.model.config.vocab_size
+            with torch.no_grad(), self._autocast():
+                logits = self.model(input_ids=ids, use_cache=False).logits.float()
+                hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+                direct = head(hidden.to(head.weight.dtype)).float()
+            linear = bool(torch.allclose(logits, direct, atol=1e-3 * float(logits.abs().max()), rtol=1e-3))
+        if not linear:
+            self.notes.append(
+                "the model's logits are more than its output layer (scaling, capping, ...): log-probabilities take"
+                " the model's own forward, which is slower and needs more memory"
+            )
+        return linear
+
+    def _add_adapters(self, lora: LoRA) -> None:
+        require("peft", "lora")
+        from peft import LoraConfig, get_peft_model
+
+        found = layer_list(self.model.base_model)
+        total = len(found[1]) if found else 0
+        options: dict[str, Any] = {}
+        if lora.layers is not None:
+            options["layers_to_transform"] = list(range(total - lora.layers, total))
+            options["layers_pattern"] = found[0] if found else None
+            linear = {name.split(".")[-1] for name, m in found[1].named_modules() if _is_linear(m)} if found else set()
+            options["target_modules"] = sorted(linear)
+        else:
+            options["target_modules"] = "all-linear"
+        self.peft_model = get_peft_model(
+            self.model, LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, **options)
+        )
+        for name, parameter in self.peft_model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.float()
+
+    def _split(self, reference_model: Any) -> None:
+        base = self.model.base_model
+        self.trunk: Any = None
+        self.top: Any = base
+        self.reference_top: Any = base if reference_model is None else reference_model.base_model
+        layers = getattr(self.trainable, "layers", None)
+        found = layer_list(base)
+        if layers is None or found is None or layers >= len(found[1]) or not self._linear_head:
+            return
+        halves = split(base, layers)
+        if halves is None:
+            self.notes.append(
+                f"{type(base).__name__} cannot be split into trunk and top: the frozen layers are computed for every"
+                " role, which is slower"
+            )
+            return
+        self.trunk, self.top = halves
+        if reference_model is None:
+            self.reference_top = self.top
+        else:
+            reference_halves = split(self.reference_top, layers)
+            assert reference_halves is not None
+            self.reference_top = reference_halves[1]
+
+    def _build_critic(self, critic: Critic, source: Any) -> None:
+        self.critic_body: Any = None
+        hidden_size = int(self.model.config.get_text_config().hidden_size)
+        if isinstance(critic, SeparateCritic):
+            if critic.model != "policy":
+                self.critic_body, self.critic_uses_trunk = self._foreign_critic(critic.model), False
+                hidden_size = int(self.critic_body.config.get_text_config().hidden_size)
+            elif self.peft_model is not None:
+                raise HeelerError(
+                    "a separate critic that starts from the policy cannot be combined with LoRA: use the value head,"
+                    " train the top layers, or give the critic a model of its own"
+                )
+            else:
+                self.critic_uses_trunk = self.trunk is not None
+                if source is not None:
+                    self.critic_body = source
+                else:
+                    own = [p for p in self.top.parameters() if p.requires_grad]
+                    self.critic_body = shared_copy(self.top, own)
+            trained = {id(p) for p in self.top.parameters() if not p.requires_grad} if critic.model == "policy" else set[int]()
+            for parameter in self.critic_body.parameters():
+                parameter.requires_grad_(id(parameter) not in trained)
+        self.value_network = _value_network(hidden_size).to(self.device)
+
+    def _foreign_critic(self, path: str) -> Any:
+        from transformers import AutoModel
+
+        quiet_transformers()
+        try:
+            body = AutoModel.from_pretrained(path, dtype=torch.float32).eval().to(self.device)
+        except (OSError, ValueError) as error:
+            raise HeelerError(f"cannot load the critic {path!r}: {str(error).splitlines()[0]}") from error
+        sizes = body.config.get_text_config().vocab_size, self.model.config.get_text_config().vocab_size
+        causal = getattr(body.config, "is_decoder", False) or "causal" in str(getattr(body.config, "architectures", "")).lower()
+        if sizes[0] != sizes[1] or getattr(body.config, "model_type", "") in ("bert", "roberta", "distilbert", "electra"):
+            raise HeelerError(
+                f"the critic {path!r} cannot value this policy's tokens (vocabularies {sizes[0]} and {sizes[1]},"
+                f" {'causal' if causal else body.config.model_type}): it must be a causal model with the same tokenizer"
+            )
+        return body
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Two groups for the optimiser, named "policy" and "critic"."""
+        policy = [p for p in self.model.parameters() if p.requires_grad]
+        return [
+            {"name": "policy", "params": policy},
+            {"name": "critic", "params": [p for _, p in self._critic_named()]},
+        ]
+
+    def _critic_named(self) -> Iterator[tuple[str, nn.Parameter]]:
+        if self.critic_body is not None:
+            for name, parameter in self.critic_body.named_parameters():
+                if parameter.requires_grad:
+                    yield f"body.{name}", parameter
+        for name, parameter in self.value_network.named_parameters():
+            yield f"head.{name}", parameter
+
+    # forward passes -------------------------------------------------------------------------------------------
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self.device.type, torch.bfloat16)
+
+    def trunk_states(self, rows: PaddedRows) -> Tensor | None:
+        """`[B, L, H]` hidden states below the trained layers, without gradient; None where there is no trunk."""
+        if self.trunk is None:
+            return None
+        if rows.states is not None:
+            return rows.states
+        with torch.no_grad(), self._autocast():
+            return self.trunk(input_ids=rows.ids, use_cache=False).last_hidden_state
+
+    def _hidden(self, body: Any, rows: PaddedRows, states: Tensor | None) -> Tensor:
+        if states is None:
+            return body(input_ids=rows.ids, use_cache=False).last_hidden_state
+        return body(inputs_embeds=states, use_cache=False).last_hidden_state
+
+    def _logprobs(self, body: Any, model: Any, rows: PaddedRows, states: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """`(logprobs [n], entropy [n], hidden [B, L, H])` by one stack of layers."""
+        if self._linear_head:
+            hidden = self._hidden(body, rows, states)
+            head = model.get_output_embeddings()
+            logprobs, entropy = token_logprobs(
+                hidden[rows.rows, rows.columns].to(head.weight.dtype),
+                head.weight,
+                rows.tokens,
+                bias=head.bias,
+                temperature=self.temperature,
+                entropy_gradient=self.entropy_gradient,
+            )
+            return logprobs, entropy, hidden
+        output = model(input_ids=rows.ids, use_cache=False, output_hidden_states=True)
+        logp = (output.logits[rows.rows, rows.columns].float() / self.temperature).log_softmax(-1)
+        logprobs = logp.gather(1, rows.tokens[:, None])[:, 0]
+        entropy = -(logp.exp() * logp).sum(-1)
+        return logprobs, entropy if self.entropy_gradient else entropy.detach(), output.hidden_states[-1]
+
+    def _values(self, hidden: Tensor, rows: PaddedRows, states: Tensor | None) -> Tensor:
+        """`[B, L]` values at every position."""
+        if self.critic_body is not None:
+            hidden = self._hidden(self.critic_body, rows, states if self.critic_uses_trunk else None)
+        elif isinstance(self.critic_config, ValueHead) and self.critic_config.detach:
+            hidden = hidden.detach()
+        return self.value_network(hidden.float())[..., 0]
+
+    def evaluate(self, inputs: Inputs) -> PolicyOutput:
+        """Log-probabilities, entropies and values of the decisions, with gradients."""
+        assert isinstance(inputs, TokenInputs)
+        rows = inputs.padded()
+        states = self.trunk_states(rows)
+        with self._autocast():
+            logprobs, entropy, hidden = self._logprobs(self.top, self.model, rows, states)
+            values = self._values(hidden, rows, states)
+        return PolicyOutput(logprobs=logprobs, entropy=entropy, values=values[rows.rows, rows.columns].float())
+
+    @torch.no_grad()
+    def score(self, inputs: TokenInputs, *, last_values: bool = False) -> tuple[PolicyOutput, Tensor, Tensor]:
+        """What the update needs of a rollout, from one pass through the trunk.
+
+        Returns:
+            The policy's output on the `[n]` decisions, the reference's log-probabilities `[n]`, and `[I]` the
+            values after each sequence's last token (0 unless `last_values`).
+        """
+        rows = inputs.padded(include_last=last_values)
+        states = self.trunk_states(rows)
+        with self._autocast():
+            logprobs, entropy, hidden = self._logprobs(self.top, self.model, rows, states)
+            grid = self._values(hidden, rows, states).float()
+            with self.reference_weights():
+                ref_logprobs, _, _ = self._logprobs(self.reference_top, self._reference_model(), rows, states)
+        after = grid.new_zeros(len(rows.lengths))
+        if last_values:
+            after = grid[torch.arange(len(rows.lengths)), rows.lengths - 1]
+        output = PolicyOutput(logprobs=logprobs, entropy=entropy, values=grid[rows.rows, rows.columns])
+        return output, ref_logprobs, after
+
+    @torch.no_grad()
+    def score_reference(self, inputs: TokenInputs) -> Tensor:
+        """The reference's log-probabilities of the decisions, `[n]`."""
+        rows = inputs.padded()
+        with self._autocast(), self.reference_weights():
+            states = self.trunk_states(rows)
+            return self._logprobs(self.reference_top, self._reference_model(), rows, states)[0]
+
+    def reference_weights(self) -> AbstractContextManager[Any]:
+        """Inside, the model is the reference: adapters are off (LoRA); otherwise the reference has its own top."""
+        return nullcontext() if self.peft_model is None else self.peft_model.disable_adapter()
+
+    def _reference_model(self) -> Any:
+        return self.model if self.peft_model is not None else self._reference_lm
+
+    # weights out and in ---------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def published(self) -> Iterator[tuple[str, Tensor]]:
+        """Changed weights by their Hugging Face names; LoRA as W + scale * B A, computed out of place."""
+        if self.peft_model is None:
+            parameters = dict(self.model.named_parameters())
+            for name in self.changed_names:
+                yield name, parameters[name].detach()
+            return
+        for name, module in self.model.named_modules():
+            if hasattr(module, "lora_A") and "default" in getattr(module, "lora_A", {}):
+                delta = module.get_delta_weight("default")
+                yield f"{name}.weight", module.base_layer.weight.detach() + delta
+
+    @property
+    def num_trunk_layers(self) -> int:
+        """Layers of the frozen trunk; 0 where there is none."""
+        return 0 if self.trunk is None else int(self.trunk.config.num_hidden_layers)
+
+    @torch.no_grad()
+    def export_model(self) -> Any:
+        """A plain causal LM in float32 with the trained weights, adapters merged."""
+        exported = copy.deepcopy(self.engine_model).float()
+        parameters = dict(exported.named_parameters(remove_duplicate=False))
+        for name, tensor in self.published():
+            parameters[name].copy_(tensor)
+        return exported
+
+    def critic_state(self) -> dict[str, Tensor]:
+        """The critic's trained weights by name."""
+        return {name: p.detach().contiguous() for name, p in self._critic_named()}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Everything trained: policy weights (or adapters) and the critic."""
+        state = {f"policy.{name}": p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        state.update({f"critic.{name}": p.detach() for name, p in self._critic_named()})
+        return state
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        own = {f"policy.{name}": p for name, p in self.model.named_parameters() if p.requires_grad}
+        own.update({f"critic.{name}": p for name, p in self._critic_named()})
+        if own.keys() != state.keys():
+            missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+            raise HeelerError(
+                f"the checkpoint does not fit this model: {len(missing)} weights are missing"
+                f" ({', '.join(missing[:2])}), {len(extra)} are unknown ({', '.join(extra[:2])}); resume with the"
+                " config that wrote it"
+            )
+        for name, parameter in own.items():
+            parameter.copy_(state[name])
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+

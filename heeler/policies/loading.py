@@ -1,0 +1,109 @@
+"""Loading, converting and saving language models through transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from heeler.runtime.packages import quiet_transformers, require
+from heeler.types import HeelerError
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer of a model, with a padding token whatever the model ships.
+
+    Heeler pads with zeros that no forward pass reads, so a missing pad token, or one that equals the end of
+    sequence, changes nothing; a pad is set only so that exported folders work elsewhere.
+    """
+    require("transformers", "lm")
+    from transformers import AutoTokenizer
+
+    quiet_transformers()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise HeelerError(_not_loadable("tokenizer", path, error)) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_causal_lm(path: str) -> Any:
+    """Any causal LM that transformers' AutoModel loads, in float32, dropout off, with plain weights."""
+    require("transformers", "lm")
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    quiet_transformers()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise HeelerError(_not_loadable("causal language model", path, error)) from error
+    return model.eval()
+
+
+def load_classifier(path: str, num_labels: int | None = None) -> Any:
+    """A sequence classifier in float32, dropout off."""
+    require("transformers", "lm")
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    quiet_transformers()
+    options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, **options)
+    except (OSError, ValueError) as error:
+        raise HeelerError(_not_loadable("sequence classifier", path, error)) from error
+    return model.eval()
+
+
+def _not_loadable(kind: str, path: str, error: Exception) -> str:
+    where = "the folder exists, but transformers could not read it" if Path(path).exists() else (
+        "there is no such folder, and no such model could be had from the hub"
+    )
+    reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    return f"cannot load the {kind} {path!r}: {where} ({reason}); give a local folder or a hub id"
+
+
+def end_of_sequence_ids(model: Any, tokenizer: Any) -> list[int]:
+    """Every token that ends a completion: the tokenizer's and those of the generation config."""
+    ids: set[int] = set()
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        ids.add(int(tokenizer.eos_token_id))
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if configured is None:
+        configured = getattr(model.config, "eos_token_id", None)
+    if configured is not None:
+        ids.update([configured] if isinstance(configured, int) else configured)
+    return sorted(ids)
+
+
+def context_length(model: Any) -> int | None:
+    """Tokens that the model's positions allow, or None where its config does not say."""
+    length = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
+    return int(length) if length else None
+
+
+def convert_gguf(folder: Path, gguf_file: str, destination: Path) -> None:
+    """De-quantise a GGUF file into a plain transformers folder, written aside and renamed."""
+    import shutil
+
+    require("gguf", "demo")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    quiet_transformers()
+    loaded = AutoModelForCausalLM.from_pretrained(str(folder), gguf_file=gguf_file, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), gguf_file=gguf_file)
+    config = type(loaded.config).from_dict(loaded.config.to_dict())
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain.load_state_dict(loaded.state_dict())
+    plain.tie_weights()
+    aside = destination.with_name(destination.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    plain.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    shutil.rmtree(destination, ignore_errors=True)
+    aside.rename(destination)

@@ -1,0 +1,129 @@
+"""Log-probabilities and entropies of chosen tokens, without ever holding `[positions, vocabulary]`.
+
+    z = (W h + b) / temperature,   log p(y) = z_y - logsumexp(z),   H = logsumexp(z) - sum_v p_v z_v
+
+    d log p(y) / dz = onehot(y) - p            d H / dz = -p * (log p + H)
+
+Only the positions that made a decision enter, in chunks. The backward pass never stores a chunk's logits:
+with a frozen output layer the gradient with respect to h is formed in the forward pass and kept as `[n, H]`
+(it is then one multiplication); with a trainable one the logits are computed again, chunk by chunk.
+
+`tests/policies/test_logprobs.py` holds the slow twin.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK_LOGITS = 16 * 1024 * 1024  # logits held at once: 64 MiB in float32
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
+    logits = torch.nn.functional.linear(hidden, weight, None if bias is None else bias.to(weight.dtype)).float()
+    return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+class _TokenLogprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        tokens: Tensor,
+        temperature: float,
+        entropy_gradient: bool,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        n = hidden.shape[0]
+        logprobs, entropy = hidden.new_empty(n, dtype=torch.float32), hidden.new_empty(n, dtype=torch.float32)
+        frozen_head = not (weight.requires_grad or (bias is not None and bias.requires_grad))
+        keep = frozen_head and hidden.requires_grad
+        unit = torch.empty_like(hidden) if keep else None  # d log p / d hidden
+        unit_entropy = torch.empty_like(hidden) if keep and entropy_gradient else None
+        for start in range(0, n, chunk):
+            rows = slice(start, min(start + chunk, n))
+            logits = _logits(hidden[rows], weight, bias, temperature)  # (c, V)
+            lse = logits.logsumexp(-1)
+            logprobs[rows] = logits.gather(1, tokens[rows, None])[:, 0] - lse
+            logp = logits.sub_(lse[:, None])
+            p = logp.exp()
+            h = -torch.linalg.vecdot(p, logp)
+            entropy[rows] = h
+            if unit is not None:
+                expected = torch.matmul(p.to(weight.dtype), weight)
+                unit[rows] = ((weight[tokens[rows]] - expected) / temperature).to(hidden.dtype)
+            if unit_entropy is not None:
+                slope = p.mul_(logp.add_(h[:, None])).neg_()
+                unit_entropy[rows] = (torch.matmul(slope.to(weight.dtype), weight) / temperature).to(hidden.dtype)
+        ctx.temperature, ctx.chunk, ctx.entropy_gradient, ctx.frozen_head = temperature, chunk, entropy_gradient, frozen_head
+        ctx.has_bias = bias is not None
+        if keep:
+            ctx.save_for_backward(*[x for x in (unit, unit_entropy) if x is not None])
+        else:
+            ctx.save_for_backward(hidden, weight, tokens, *([] if bias is None else [bias]))
+        if not entropy_gradient:
+            ctx.mark_non_differentiable(entropy)
+        return logprobs, entropy
+
+    @staticmethod
+    def backward(ctx: Any, grad_logprobs: Tensor, grad_entropy: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        if ctx.frozen_head:
+            unit = ctx.saved_tensors[0]
+            grad = grad_logprobs[:, None].to(unit.dtype) * unit
+            if ctx.entropy_gradient:
+                grad = grad + grad_entropy[:, None].to(unit.dtype) * ctx.saved_tensors[1]
+            return grad, None, None, None, None, None, None
+        hidden, weight, tokens = ctx.saved_tensors[:3]
+        bias = ctx.saved_tensors[3] if ctx.has_bias else None
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight)
+        grad_bias = None if bias is None else torch.zeros_like(bias)
+        for start in range(0, hidden.shape[0], ctx.chunk):
+            rows = slice(start, min(start + ctx.chunk, hidden.shape[0]))
+            logp = _logits(hidden[rows], weight, bias, ctx.temperature).log_softmax(-1)
+            p = logp.exp()
+            slope = p * -grad_logprobs[rows, None]
+            slope.scatter_add_(1, tokens[rows, None], grad_logprobs[rows, None])
+            if ctx.entropy_gradient:
+                h = -torch.linalg.vecdot(p, logp)
+                slope.addcmul_(p * -grad_entropy[rows, None], logp + h[:, None])
+            slope = (slope / ctx.temperature).to(weight.dtype)
+            grad_hidden[rows] = torch.matmul(slope, weight).to(hidden.dtype)
+            grad_weight.addmm_(slope.t(), hidden[rows].to(weight.dtype))
+            if grad_bias is not None:
+                grad_bias += slope.sum(0).to(grad_bias.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    entropy_gradient: bool = False,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Log-probability and entropy of a linear output layer at chosen positions.
+
+    Args:
+        hidden: `[n, H]` final hidden states at the positions that made the decisions.
+        weight: `[V, H]` of the output layer; its gradient is formed where it requires one.
+        tokens: `[n]` int64, the tokens sampled there.
+        bias: `[V]` or None.
+        temperature: of the distribution sampled from.
+        entropy_gradient: whether the entropy may be differentiated (it costs one matrix product more).
+        chunk: positions at once; chosen from the vocabulary's size where None.
+
+    Returns:
+        `(logprobs [n], entropy [n])`, float32, nats.
+    """
+    if chunk is None:
+        chunk = max(CHUNK_LOGITS // weight.shape[0], 16)
+    result = _TokenLogprobs.apply(hidden, weight, bias, tokens, temperature, entropy_gradient, chunk)
+    return result[0], result[1]  # pyright: ignore

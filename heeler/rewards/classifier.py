@@ -1,0 +1,69 @@
+"""A sequence classifier as a reward: any AutoModelForSequenceClassification, with its own tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heeler.policies import loading
+from heeler.types import HeelerError, RewardOutput
+
+
+def texts_of(prompts: Sequence[Any], completions: Sequence[str]) -> list[str]:
+    """What a reader sees: the prompt and its continuation (for chats, the conversation's contents)."""
+    texts: list[str] = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        if isinstance(prompt, str):
+            texts.append(prompt + completion)
+        else:
+            texts.append("\n".join([*(message["content"] for message in prompt), completion]))
+    return texts
+
+
+class ClassifierReward:
+    """The logit of the positive class of prompt and completion together; its probability is a component.
+
+    PPO trains on the logit, which does not saturate, and reports the probability as `reward/probability`.
+
+    Args:
+        path: folder or hub id of a classifier with one label (its logit) or two (the difference of the two).
+        scale, shift: score = scale * logit + shift.
+        batch_tokens: padded tokens in one forward pass.
+    """
+
+    def __init__(self, path: str, *, scale: float = 1.0, shift: float = 0.0, batch_tokens: int = 4096) -> None:
+        self.path, self.scale, self.shift, self.batch_tokens = path, scale, shift, batch_tokens
+        self.tokenizer = loading.load_tokenizer(path)
+        self.model = loading.load_classifier(path).requires_grad_(False)
+        if self.model.config.num_labels > 2:
+            raise HeelerError(f"the reward model {path} has {self.model.config.num_labels} labels: it must have one or two")
+        limit = getattr(self.model.config, "max_position_embeddings", 512) or 512
+        self.max_length = int(min(limit, self.tokenizer.model_max_length))
+
+    @torch.no_grad()
+    def logits(self, texts: Sequence[str]) -> Tensor:
+        """`[len(texts)]` logits of the positive class; texts are batched by length."""
+        encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
+        order = sorted(range(len(texts)), key=lambda i: -len(encoded[i]))
+        logits = torch.zeros(len(texts))
+        start = 0
+        while start < len(order):
+            rows = order[start : start + max(self.batch_tokens // len(encoded[order[start]]), 1)]
+            batch = self.tokenizer.pad({"input_ids": [encoded[i] for i in rows]}, return_tensors="pt")
+            output = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+            logits[rows] = output[:, 0] if output.shape[1] == 1 else output[:, 1] - output[:, 0]
+            start += len(rows)
+        return logits
+
+    def __call__(
+        self, *, prompts: Sequence[Any], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
+    ) -> RewardOutput:
+        logits = self.logits(texts_of(prompts, completions))
+        return RewardOutput(
+            scores=logits * self.scale + self.shift,
+            token_rewards=None,
+            components={"probability": logits.sigmoid()},
+        )

@@ -1,0 +1,162 @@
+"""The native engine: batched sampling from any transformers causal LM.
+
+Prompts are padded on the left, keys and values lie in preallocated buffers, finished rows leave the batch, and
+no logits are kept. Where the trainer has a frozen trunk, the hidden states at its boundary are kept on the way:
+the trainer then never runs the trunk at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heeler.policies.splitting import layer_list
+from heeler.rollout.engines.draws import sample, uniforms
+from heeler.rollout.engines.weights import WeightReceiver
+from heeler.types import Completion, HeelerError, Request, Sampling
+
+LEAVE_FRACTION = 0.125  # finished rows are dropped once they are this share of the batch: dropping copies the cache
+
+
+def _make_cache(config: Any, capacity: int) -> Any:
+    """Preallocated buffers where every layer attends to everything; transformers' own cache otherwise."""
+    from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+    class BufferedLayer(DynamicLayer):
+        """Keys and values `[B, heads, capacity, D]`, written in place; readers get the filled part."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.length = 0
+
+        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+            if not self.is_initialized:
+                self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+                batch, heads, _, width = key_states.shape
+                self.keys = key_states.new_empty(batch, heads, capacity, width)
+                self.values = value_states.new_empty(batch, heads, capacity, value_states.shape[-1])
+            end = self.length + key_states.shape[2]
+            self.keys[:, :, self.length : end] = key_states
+            self.values[:, :, self.length : end] = value_states
+            self.length = end
+            return self.keys[:, :, :end], self.values[:, :, :end]
+
+        def get_seq_length(self) -> int:
+            return self.length
+
+    text_config = config.get_text_config(decoder=True)
+    kinds = set(getattr(text_config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"} or getattr(text_config, "sliding_window", None):
+        return DynamicCache(config=config)
+    return Cache(layers=[BufferedLayer() for _ in range(text_config.num_hidden_layers)])
+
+
+class NativeEngine(WeightReceiver):
+    """Samples in batches of `max_rows`; implements `heeler.types.Engine`.
+
+    Args:
+        model: a causal LM that belongs to the engine.
+        eos_ids: tokens that end a completion.
+        max_rows: rows sampled at once.
+        trunk_layers: keep the hidden states after this many layers; None keeps nothing.
+    """
+
+    def __init__(
+        self, model: Any, *, eos_ids: Sequence[int], max_rows: int = 128, trunk_layers: int | None = None
+    ) -> None:
+        super().__init__(model)
+        self.max_rows = max_rows
+        self.device = next(model.parameters()).device
+        self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long, device=self.device)
+        self._captured: Tensor | None = None
+        self.keeps_states = trunk_layers is not None
+        if trunk_layers is not None:
+            found = layer_list(model.base_model)
+            if found is None or not 1 <= trunk_layers <= len(found[1]):
+                raise HeelerError(f"the engine cannot keep the states after layer {trunk_layers} of this model")
+            found[1][trunk_layers - 1].register_forward_hook(self._capture)
+
+    def _capture(self, module: Any, args: Any, output: Any) -> None:
+        self._captured = output[0] if isinstance(output, tuple) else output
+
+    @torch.no_grad()
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+        self.check_ready()
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
+        completions: list[Completion | None] = [None] * len(requests)
+        for start in range(0, len(order), self.max_rows):
+            rows = order[start : start + self.max_rows]
+            for index, completion in zip(rows, self._batch([requests[i] for i in rows], sampling), strict=True):
+                completions[index] = completion
+        return [completion for completion in completions if completion is not None]
+
+    def _batch(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
+        lengths = torch.tensor([len(r.prompt) for r in requests])
+        width, cap, count = int(lengths.max()), sampling.max_new_tokens, len(requests)
+        ids = torch.zeros(count, width, dtype=torch.long)
+        mask = torch.zeros(count, width + cap, dtype=torch.long)
+        for row, request in enumerate(requests):
+            ids[row, width - len(request.prompt) :] = torch.tensor(request.prompt)
+            mask[row, width - len(request.prompt) :] = 1
+        positions = (mask[:, :width].cumsum(1) - 1).clamp(min=0)
+        ids, mask, positions = ids.to(self.device), mask.to(self.device), positions.to(self.device)
+        u = uniforms([r.seed for r in requests], cap)
+        tokens = torch.zeros(count, cap, dtype=torch.long)
+        logprobs = torch.zeros(count, cap)
+        sampled = torch.full((count,), cap)
+        stopped = torch.zeros(count, dtype=torch.bool)
+        states: Tensor | None = None
+
+        cache = _make_cache(self.model.config, width + cap)
+        full_prompts = int(lengths.min()) == width  # no padding: no mask needed
+        alive = torch.arange(count)  # the request of each row of the batch
+        for t in range(cap):
+            end = width + t
+            output = self.model(
+                input_ids=ids,
+                attention_mask=None if full_prompts else mask[:, :end],
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            if self.keeps_states and self._captured is not None:
+                if states is None:
+                    states = torch.empty(count, width + cap - 1, self._captured.shape[-1], dtype=self._captured.dtype)
+                first = 0 if t == 0 else end - 1
+                states[alive, first:end] = self._captured.cpu() if self.device.type != "cpu" else self._captured
+            drawn, drawn_logprobs = sample(output.logits[:, -1], u[alive, t], sampling.temperature)
+            tokens[alive, t], logprobs[alive, t] = drawn.cpu(), drawn_logprobs.cpu()
+            ended = torch.isin(drawn, self.eos_ids).cpu()
+            fresh = ended & ~stopped[alive]
+            sampled[alive[fresh]] = t + 1
+            stopped[alive[fresh]] = True
+            done = stopped[alive]
+            if bool(done.all()):
+                break
+            ids = drawn[:, None]
+            positions = positions[:, -1:] + 1
+            if float(done.float().mean()) >= LEAVE_FRACTION:
+                stay = (~done).nonzero()[:, 0]
+                alive = alive[stay]
+                stay = stay.to(self.device)
+                ids, positions, mask = ids[stay], positions[stay], mask[stay]
+                cache.batch_select_indices(stay)
+        self._captured = None
+
+        completions: list[Completion] = []
+        for row in range(count):
+            n, pad = int(sampled[row]), width - int(lengths[row])
+            completions.append(
+                Completion(
+                    tokens=tokens[row, :n].tolist(),
+                    logprobs=logprobs[row, :n].clone(),
+                    finish_reason="stop" if bool(stopped[row]) else "length",
+                    version=self.version,
+                    trunk_states=None if states is None else states[row, pad : width + n - 1].clone(),
+                )
+            )
+        return completions

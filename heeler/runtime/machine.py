@@ -1,0 +1,120 @@
+"""What the machine is good at: threads, precision, memory allocation. Chosen at start, written into config.json."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import random
+import resource
+import sys
+import time
+from typing import Any, Literal
+
+Precision = Literal["auto", "fp32", "bf16"]
+
+
+def keep_freed_memory() -> bool:
+    """Tell glibc to keep freed blocks: giving them back and faulting them in again costs a training step a third.
+
+    Returns False where the C library has no mallopt (macOS, Windows, musl).
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+    return bool(mallopt(m_mmap_max, 0) and mallopt(m_trim_threshold, 2**31 - 1) and mallopt(m_top_pad, 64 << 20))
+
+
+def _seconds_per_product(dtype: Any, size: int = 512, repeats: int = 3) -> float:
+    import torch
+
+    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+    torch.matmul(a, b)
+    best = float("inf")
+    for _ in range(repeats):
+        start = time.perf_counter()
+        torch.matmul(a, b)
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def choose_precision(wanted: Precision, device: str) -> tuple[Literal["fp32", "bf16"], str]:
+    """The precision to compute in, and one sentence that says why.
+
+    "auto" measures one matrix product on the CPU: bf16 is an advantage only where the machine has instructions
+    for it (AMX), and several times slower elsewhere.
+    """
+    import torch
+
+    if wanted != "auto":
+        return wanted, f"{wanted}, as asked"
+    if device.startswith("cuda"):
+        good = torch.cuda.is_bf16_supported()
+        return ("bf16", "bf16: the GPU has it") if good else ("fp32", "fp32: the GPU has no bf16")
+    ratio = _seconds_per_product(torch.float32) / _seconds_per_product(torch.bfloat16)
+    if ratio > 1.5:
+        return "bf16", f"bf16: matrix products are {ratio:.1f} times as fast as in fp32 here"
+    return "fp32", f"fp32: bf16 products run at {ratio:.2f} times its speed here"
+
+
+def choose_device(wanted: str) -> str:
+    """The device to train on: "auto" takes a GPU where there is one."""
+    import torch
+
+    if wanted != "auto":
+        return wanted
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def set_threads(threads: int | None) -> int:
+    """Set torch's threads; None takes all cores that this process may use."""
+    import torch
+
+    count = threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or os.cpu_count() or 1
+    torch.set_num_threads(count)
+    return count
+
+
+def peak_memory_gib() -> float:
+    """The most resident memory this process has had, in GiB."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform != "darwin" else peak / 2**30
+
+
+def seed_everything(seed: int) -> None:
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def random_states() -> dict[str, Any]:
+    """The state of every global random generator."""
+    import numpy as np
+    import torch
+
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "python": random.getstate(),
+        "numpy": (name, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    import numpy as np
+    import torch
+
+    version, internal, gauss = states["python"]
+    random.setstate((version, tuple(internal), gauss))
+    name, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(states["torch"])
+    if states["cuda"]:
+        torch.cuda.set_rng_state_all(states["cuda"])

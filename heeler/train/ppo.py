@@ -1,0 +1,110 @@
+"""The loop. It reads like the algorithm, and knows nothing of language models or environments."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from heeler.ppo.advantages import AdvantageConfig, estimate_advantages
+from heeler.ppo.schedules import Schedule
+from heeler.ppo.update import PPOConfig, update
+from heeler.types import Collector, Policy, Reduce, Rollout, ScoredRollout
+
+
+class LoopConfig(Protocol):
+    """What the loop reads of a run's config."""
+
+    @property
+    def updates(self) -> int: ...
+    @property
+    def lr_schedule(self) -> Schedule: ...
+    @property
+    def advantage(self) -> AdvantageConfig: ...
+    @property
+    def ppo(self) -> PPOConfig: ...
+
+
+@dataclass
+class TrainState:
+    """What changes over a run, and what a checkpoint holds.
+
+    Attributes:
+        policy: trained in place.
+        optimizer: its groups carry `base_lr`, which the schedule multiplies.
+        generator: shuffles the minibatches.
+        step: updates done.
+        kl_coef: beta of the penalty toward the reference.
+        decisions, episodes, seconds: totals so far.
+    """
+
+    policy: Any
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator
+    step: int = 0
+    kl_coef: float = 0.0
+    decisions: int = 0
+    episodes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class UpdateReport:
+    """What a callback sees after each update: the metrics, and the rollout they came from."""
+
+    metrics: dict[str, float]
+    scored: ScoredRollout
+
+
+Score = Callable[[Rollout, TrainState], tuple[ScoredRollout, dict[str, float]]]
+
+
+def train_loop(
+    state: TrainState,
+    collector: Collector,
+    score: Score,
+    config: LoopConfig,
+    reduce: Reduce,
+    after_update: Callable[[UpdateReport], bool],
+) -> None:
+    """Run updates until `config.updates`, or until `after_update` returns False."""
+    policy: Policy = state.policy
+    collector.publish(policy, state.step)  # before the first rollout too: a resumed run must not sample old weights
+    while state.step < config.updates:
+        start = time.perf_counter()
+        rollout = collector.collect(state.step)
+        collected = time.perf_counter()
+        scored, metrics = score(rollout, state)
+        batch = estimate_advantages(scored, config.advantage, reduce)
+        judged = time.perf_counter()
+        factor = config.lr_schedule.factor(state.step, config.updates)
+        for group in state.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        metrics |= update(
+            policy, state.optimizer, batch, config.ppo, generator=state.generator, reduce=reduce
+        )
+        state.step += 1
+        collector.publish(policy, state.step)
+        end = time.perf_counter()
+
+        counts = reduce.sum(torch.tensor([len(rollout.behavior_logprobs), len(scored.scores)]))
+        decisions = int(counts[0])
+        state.decisions += decisions
+        state.episodes += int(counts[1])
+        state.seconds += end - start
+        metrics |= {
+            "step": state.step,
+            "decisions": state.decisions,
+            "episodes": state.episodes,
+            "seconds": state.seconds,
+            "decisions_per_second": decisions / (end - start),
+            "lr": state.optimizer.param_groups[0]["lr"],
+            "time/rollout": collected - start,
+            "time/score": judged - collected,
+            "time/update": end - judged,
+        }
+        if not after_update(UpdateReport(metrics, scored)):
+            break
