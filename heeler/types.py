@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol, Self
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +44,7 @@ class Inputs(Protocol):
     def decision_counts(self) -> Tensor: ...
     @property
     def costs(self) -> Tensor: ...
-    def select(self, items: Tensor) -> Inputs:
+    def select(self, items: Tensor) -> Self:
         """The inputs of these items (`[J]` int64), in this order."""
         ...
 

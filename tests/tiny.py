@@ -59,7 +59,13 @@ def byte_tokenizer() -> Any:
 
 
 def save_tiny_model(
-    folder: Path, architecture: str = "llama", words: list[str] | None = None, hidden: int = 32, layers: int = 3, seed: int = 0
+    folder: Path,
+    architecture: str = "llama",
+    words: list[str] | None = None,
+    hidden: int = 32,
+    layers: int = 3,
+    seed: int = 0,
+    std: float = 0.3,
 ) -> str:
     """A model with random weights and its tokenizer (bytes, or one token for each of `words`); returns the path."""
     from transformers import AutoModelForCausalLM
@@ -67,9 +73,9 @@ def save_tiny_model(
     tokenizer = byte_tokenizer() if words is None else word_tokenizer(words)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(architecture, len(tokenizer), hidden, layers))
-    for parameter in model.parameters():  # the default spread is so small that every distribution is uniform
+    for parameter in model.parameters():  # a wide spread, so that no distribution is nearly uniform
         if parameter.ndim >= 2:
-            torch.nn.init.normal_(parameter, std=0.3)
+            torch.nn.init.normal_(parameter, std=std)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)

@@ -42,7 +42,9 @@ def read_jsonl(path: str) -> list[dict[str, Any]]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except UnicodeDecodeError as error:
-        raise HeelerError(f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8") from error
+        raise HeelerError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
+        ) from error
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -51,7 +53,9 @@ def read_jsonl(path: str) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             raise HeelerError(f"{path}, line {number}: broken JSON ({error.msg} at column {error.colno})") from error
         if not isinstance(row, dict):
-            raise HeelerError(f"{path}, line {number}: expected an object such as {{\"prompt\": ...}}, got {line.strip()[:40]}")
+            raise HeelerError(
+                f'{path}, line {number}: expected an object such as {{"prompt": ...}}, got {line.strip()[:40]}'
+            )
         rows.append(row)
     return rows
 
@@ -84,14 +88,16 @@ def load_prompts(
     for number, row in enumerate(rows, start=1):
         where = f"{name}, prompt {number}"
         if "prompt" not in row:
-            raise HeelerError(f"{where}: there is no \"prompt\" key (found {', '.join(row) or 'nothing'})")
+            raise HeelerError(f'{where}: there is no "prompt" key (found {", ".join(row) or "nothing"})')
         if row.keys() != names:
-            raise HeelerError(f"{where}: its columns ({', '.join(row)}) differ from the first prompt's ({', '.join(names)})")
+            raise HeelerError(
+                f"{where}: its columns ({', '.join(row)}) differ from the first prompt's ({', '.join(names)})"
+            )
         ids = _tokenize(row["prompt"], tokenizer, where)
         if max_tokens is not None and len(ids) > max_tokens:
             raise HeelerError(
                 f"{where}: {len(ids)} tokens, but the model's context leaves room for {max_tokens} before the"
-                " completion: shorten the prompt or lower --max-new-tokens"
+                " completion: shorten the prompt or allow fewer new tokens"
             )
         prompts.append(row["prompt"])
         tokens.append(ids)
@@ -107,9 +113,13 @@ def _tokenize(prompt: Any, tokenizer: Any, where: str) -> list[int]:
         return ids
     if isinstance(prompt, Sequence) and prompt and all(isinstance(m, Mapping) and "content" in m for m in prompt):
         if tokenizer.chat_template is None:
-            raise HeelerError(f"{where}: it is a list of messages, but the tokenizer has no chat template: use a string")
-        encoded = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=True, return_dict=True)
+            raise HeelerError(
+                f"{where}: it is a list of messages, but the tokenizer has no chat template: use a string"
+            )
+        encoded = tokenizer.apply_chat_template(
+            list(prompt), add_generation_prompt=True, tokenize=True, return_dict=True
+        )
         return list(encoded["input_ids"])
     raise HeelerError(
-        f"{where}: a prompt is a string or a list of messages with \"role\" and \"content\", not {json.dumps(prompt)[:60]}"
+        f'{where}: a prompt is a string or a list of messages with "role" and "content", not {json.dumps(prompt)[:60]}'
     )

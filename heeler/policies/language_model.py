@@ -11,7 +11,7 @@ adapters. Two critics: a head on the policy's final hidden states, or a model of
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -53,7 +53,7 @@ class LoRA:
     """
 
     rank: int = 16
-    alpha: float = 32.0
+    alpha: int = 32
     layers: int | None = None
 
 
@@ -144,11 +144,16 @@ class LanguageModelPolicy:
 
         self.engine_model: Any = shared_copy(model, [p for p in model.parameters() if id(p) in changing])
         if precision == "bf16":
-            self.engine_model.to(torch.bfloat16)
+            for parameter in self.engine_model.parameters():  # not the buffers: rotary frequencies need their digits
+                parameter.data = parameter.data.to(torch.bfloat16)
         self.peft_model: Any = None
-        critic_source = copy.deepcopy(base) if isinstance(critic, SeparateCritic) and isinstance(trainable, Full) else None
-        reference_model: Any = None if isinstance(trainable, LoRA) else shared_copy(
-            model, [p for p in model.parameters() if id(p) in changing]
+        critic_source = (
+            copy.deepcopy(base) if isinstance(critic, SeparateCritic) and isinstance(trainable, Full) else None
+        )
+        reference_model: Any = (
+            None
+            if isinstance(trainable, LoRA)
+            else shared_copy(model, [p for p in model.parameters() if id(p) in changing])
         )
         if isinstance(trainable, LoRA):
             self._add_adapters(trainable)
@@ -203,12 +208,15 @@ class LanguageModelPolicy:
             options["target_modules"] = sorted(linear)
         else:
             options["target_modules"] = "all-linear"
+        options["fan_in_fan_out"] = any(type(m).__name__ == "Conv1D" for m in self.model.modules())
         self.peft_model = get_peft_model(
             self.model, LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, **options)
         )
         for name, parameter in self.peft_model.named_parameters():
-            if "lora_" in name:
-                parameter.data = parameter.data.float()
+            trained = "lora_" in name
+            parameter.data = parameter.data.to(
+                torch.bfloat16 if self.precision == "bf16" and not trained else torch.float32
+            )
 
     def _split(self, reference_model: Any) -> None:
         base = self.model.base_model
@@ -253,7 +261,11 @@ class LanguageModelPolicy:
                 else:
                     own = [p for p in self.top.parameters() if p.requires_grad]
                     self.critic_body = shared_copy(self.top, own)
-            trained = {id(p) for p in self.top.parameters() if not p.requires_grad} if critic.model == "policy" else set[int]()
+            trained = (
+                {id(p) for p in self.top.parameters() if not p.requires_grad}
+                if critic.model == "policy"
+                else set[int]()
+            )
             for parameter in self.critic_body.parameters():
                 parameter.requires_grad_(id(parameter) not in trained)
         self.value_network = _value_network(hidden_size).to(self.device)
@@ -267,8 +279,16 @@ class LanguageModelPolicy:
         except (OSError, ValueError) as error:
             raise HeelerError(f"cannot load the critic {path!r}: {str(error).splitlines()[0]}") from error
         sizes = body.config.get_text_config().vocab_size, self.model.config.get_text_config().vocab_size
-        causal = getattr(body.config, "is_decoder", False) or "causal" in str(getattr(body.config, "architectures", "")).lower()
-        if sizes[0] != sizes[1] or getattr(body.config, "model_type", "") in ("bert", "roberta", "distilbert", "electra"):
+        causal = (
+            getattr(body.config, "is_decoder", False)
+            or "causal" in str(getattr(body.config, "architectures", "")).lower()
+        )
+        if sizes[0] != sizes[1] or getattr(body.config, "model_type", "") in (
+            "bert",
+            "roberta",
+            "distilbert",
+            "electra",
+        ):
             raise HeelerError(
                 f"the critic {path!r} cannot value this policy's tokens (vocabularies {sizes[0]} and {sizes[1]},"
                 f" {'causal' if causal else body.config.model_type}): it must be a causal model with the same tokenizer"
@@ -312,7 +332,9 @@ class LanguageModelPolicy:
             return body(input_ids=rows.ids, use_cache=False).last_hidden_state
         return body(inputs_embeds=states, use_cache=False).last_hidden_state
 
-    def _logprobs(self, body: Any, model: Any, rows: PaddedRows, states: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _logprobs(
+        self, body: Any, model: Any, rows: PaddedRows, states: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """`(logprobs [n], entropy [n], hidden [B, L, H])` by one stack of layers."""
         if self._linear_head:
             hidden = self._hidden(body, rows, states)
@@ -410,6 +432,7 @@ class LanguageModelPolicy:
     def export_model(self) -> Any:
         """A plain causal LM in float32 with the trained weights, adapters merged."""
         exported = copy.deepcopy(self.engine_model).float()
+        exported.generation_config = copy.deepcopy(self.model.generation_config)
         parameters = dict(exported.named_parameters(remove_duplicate=False))
         for name, tensor in self.published():
             parameters[name].copy_(tensor)
@@ -442,4 +465,3 @@ class LanguageModelPolicy:
 
 def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-

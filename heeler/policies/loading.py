@@ -58,8 +58,10 @@ def load_classifier(path: str, num_labels: int | None = None) -> Any:
 
 
 def _not_loadable(kind: str, path: str, error: Exception) -> str:
-    where = "the folder exists, but transformers could not read it" if Path(path).exists() else (
-        "there is no such folder, and no such model could be had from the hub"
+    where = (
+        "the folder exists, but transformers could not read it"
+        if Path(path).exists()
+        else ("there is no such folder, and no such model could be had from the hub")
     )
     reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
     return f"cannot load the {kind} {path!r}: {where} ({reason}); give a local folder or a hub id"
@@ -97,7 +99,7 @@ def convert_gguf(folder: Path, gguf_file: str, destination: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(folder), gguf_file=gguf_file)
     config = type(loaded.config).from_dict(loaded.config.to_dict())
     if hasattr(config, "quantization_config"):
-        del config.quantization_config
+        delattr(config, "quantization_config")
     plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     plain.load_state_dict(loaded.state_dict())
     plain.tie_weights()

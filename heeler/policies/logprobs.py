@@ -26,6 +26,17 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: fl
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
+def _softmax_parts(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`(logsumexp [c], probabilities [c, V], entropy [c])` in as few passes over the logits as possible."""
+    top = logits.amax(-1, keepdim=True)
+    p = torch.sub(logits, top).exp_()
+    total = p.sum(-1, keepdim=True)
+    p.div_(total)
+    lse = (top + total.log())[:, 0]
+    expected = torch.bmm(p[:, None], logits[:, :, None])[:, 0, 0]
+    return lse, p, lse - expected
+
+
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -47,19 +58,21 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, n, chunk):
             rows = slice(start, min(start + chunk, n))
             logits = _logits(hidden[rows], weight, bias, temperature)  # (c, V)
-            lse = logits.logsumexp(-1)
-            logprobs[rows] = logits.gather(1, tokens[rows, None])[:, 0] - lse
-            logp = logits.sub_(lse[:, None])
-            p = logp.exp()
-            h = -torch.linalg.vecdot(p, logp)
-            entropy[rows] = h
+            chosen = logits.gather(1, tokens[rows, None])[:, 0]
+            lse, p, h = _softmax_parts(logits)
+            logprobs[rows], entropy[rows] = chosen - lse, h
             if unit is not None:
                 expected = torch.matmul(p.to(weight.dtype), weight)
                 unit[rows] = ((weight[tokens[rows]] - expected) / temperature).to(hidden.dtype)
             if unit_entropy is not None:
-                slope = p.mul_(logp.add_(h[:, None])).neg_()
+                slope = p.mul_(logits.sub_((lse - h)[:, None])).neg_()  # -p * (log p + H)
                 unit_entropy[rows] = (torch.matmul(slope.to(weight.dtype), weight) / temperature).to(hidden.dtype)
-        ctx.temperature, ctx.chunk, ctx.entropy_gradient, ctx.frozen_head = temperature, chunk, entropy_gradient, frozen_head
+        ctx.temperature, ctx.chunk, ctx.entropy_gradient, ctx.frozen_head = (
+            temperature,
+            chunk,
+            entropy_gradient,
+            frozen_head,
+        )
         ctx.has_bias = bias is not None
         if keep:
             ctx.save_for_backward(*[x for x in (unit, unit_entropy) if x is not None])
@@ -84,13 +97,12 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_bias = None if bias is None else torch.zeros_like(bias)
         for start in range(0, hidden.shape[0], ctx.chunk):
             rows = slice(start, min(start + ctx.chunk, hidden.shape[0]))
-            logp = _logits(hidden[rows], weight, bias, ctx.temperature).log_softmax(-1)
-            p = logp.exp()
+            logits = _logits(hidden[rows], weight, bias, ctx.temperature)
+            lse, p, h = _softmax_parts(logits)
             slope = p * -grad_logprobs[rows, None]
             slope.scatter_add_(1, tokens[rows, None], grad_logprobs[rows, None])
             if ctx.entropy_gradient:
-                h = -torch.linalg.vecdot(p, logp)
-                slope.addcmul_(p * -grad_entropy[rows, None], logp + h[:, None])
+                slope.addcmul_(p.mul_(-grad_entropy[rows, None]), logits.sub_((lse - h)[:, None]))
             slope = (slope / ctx.temperature).to(weight.dtype)
             grad_hidden[rows] = torch.matmul(slope, weight).to(hidden.dtype)
             grad_weight.addmm_(slope.t(), hidden[rows].to(weight.dtype))

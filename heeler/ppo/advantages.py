@@ -46,9 +46,7 @@ class AdvantageConfig:
     importance_cap: float = 2.0
 
 
-def gae(
-    rewards: Tensor, values: Tensor, bootstrap: Tensor, offsets: Tensor, gamma: float, lam: float
-) -> Tensor:
+def gae(rewards: Tensor, values: Tensor, bootstrap: Tensor, offsets: Tensor, gamma: float, lam: float) -> Tensor:
     """GAE of every decision, `[N]`.
 
     Vectorised over segments: one step of the backward recursion serves all segments, so the cost in Python is
@@ -71,8 +69,8 @@ def gae(
             f"gae: rewards {tuple(rewards.shape)}, values {tuple(values.shape)}, bootstrap"
             f" {tuple(bootstrap.shape)} and offsets {tuple(offsets.shape)} do not describe the same segments"
         )
-    if int(offsets[-1]) != num_decisions:
-        raise ValueError(f"gae: offsets end at {int(offsets[-1])}, but there are {num_decisions} decisions")
+    if int(offsets[0]) != 0 or int(offsets[-1]) != num_decisions or bool((offsets.diff() < 0).any()):
+        raise ValueError(f"gae: offsets must rise from 0 to the {num_decisions} decisions, not {offsets[:8]}")
     if num_decisions == 0:
         return torch.zeros_like(values)
     lengths = offsets.diff()

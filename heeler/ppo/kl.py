@@ -5,7 +5,7 @@ With x = log pi(a) - log ref(a) of a decision a sampled from pi, and KL = KL(pi 
 | name | estimate | unbiased | as a penalty in the reward |
 |---|---|---|---|
 | k1 | x | yes | right: its expected gradient is the gradient of the KL |
-| k2 | x^2 / 2 | no (second order) | |
+| k2 | x^2 / 2 | no (its bias is of third order in x) | |
 | k3 | exp(-x) - 1 + x | yes, never negative, low variance | |
 
 As a *loss* (differentiated through log pi) the three behave differently: k2 has the right gradient
@@ -58,7 +58,7 @@ class AdaptiveKL:
     Attributes:
         coef: the first beta.
         target: nats per sequence to aim at.
-        horizon: episodes over which a 100 % error would change beta by a factor of e (the error is clipped to 20 %).
+        horizon: episodes that set the pace: beta changes by error * episodes / horizon, the error within +-20 %.
     """
 
     coef: float = 0.05
@@ -72,7 +72,9 @@ KLConfig = FixedKL | AdaptiveKL
 def next_kl_coef(config: KLConfig, coef: float, sequence_kl: float, episodes: int) -> float:
     """Beta for the next update.
 
-    beta <- beta * (1 + clip(KL / target - 1, -0.2, 0.2) * episodes / horizon)
+    beta <- beta * max(1 + clip(KL / target - 1, -0.2, 0.2) * episodes / horizon, 1/2)
+
+    The floor is ours: with more than 5 horizons of episodes in one update beta would turn negative.
 
     Args:
         coef: the beta of this update.
@@ -82,4 +84,4 @@ def next_kl_coef(config: KLConfig, coef: float, sequence_kl: float, episodes: in
     if isinstance(config, FixedKL):
         return coef
     error = min(max(sequence_kl / config.target - 1, -0.2), 0.2)
-    return coef * (1 + error * episodes / config.horizon)
+    return coef * max(1 + error * episodes / config.horizon, 0.5)

@@ -48,5 +48,6 @@ def decision_indices(items: Tensor, decision_counts: Tensor) -> Tensor:
     """Where the decisions of `items [J]` lie in the batch's flat vectors, in the order of `items`."""
     counts = decision_counts[items]
     starts = decision_counts.cumsum(0)[items] - counts
-    within = torch.arange(int(counts.sum()), device=items.device) - torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    within = torch.arange(int(counts.sum()), device=items.device) - first
     return torch.repeat_interleave(starts, counts) + within

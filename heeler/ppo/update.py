@@ -27,7 +27,7 @@ from heeler.ppo.kl import kl_estimate
 from heeler.ppo.losses import clipped_surrogate, is_clipped, ratio, value_loss
 from heeler.ppo.minibatches import budgeted_microbatches, decision_indices, shuffled_minibatches
 from heeler.ppo.moments import explained_variance
-from heeler.types import CheckFailed, Policy, Reduce, TrainBatch
+from heeler.types import CheckFailed, Policy, PolicyOutput, Reduce, TrainBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +42,8 @@ class PPOConfig:
         value_coef: weight of the value loss.
         entropy_coef: weight of the entropy bonus.
         max_grad_norm: the gradient norm of each optimiser group (policy, critic) is clipped here.
-        target_kl: stop the update once KL(old || new) exceeds it (nats a decision, global); None never stops.
+        target_kl: begin no further epoch once the mean KL(old || new) over an epoch's minibatches exceeds it (nats
+            a decision, global); None never stops.
         loss_denominator: None divides by the global sum of weights (the token mean, or the sequence mean, as the
             weights say); a number divides by it (Dr. GRPO).
         token_budget: padded tokens (or steps) in one forward pass.
@@ -68,7 +69,7 @@ class _Sums:
     """Sums over the decisions of an update, on their way to the metrics."""
 
     totals: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    ratio_max: Tensor | None = None
+    ratio_max: Tensor = field(default_factory=lambda: torch.tensor(-math.inf))
 
     def add(self, name: str, x: Tensor) -> None:
         x = x.detach().double().sum()
@@ -78,6 +79,18 @@ class _Sums:
         zero = torch.zeros((), dtype=torch.float64)
         total = float(reduce.sum(self.totals.get(weight, zero)))
         return float(reduce.sum(self.totals.get(name, zero))) / total if total else math.nan
+
+
+def _weighted(weights: Tensor, terms: Tensor) -> Tensor:
+    """`weights * terms` where a weight of 0 silences even a NaN."""
+    return torch.where(weights == 0, torch.zeros_like(terms), weights * terms)
+
+
+def _check_shapes(output: PolicyOutput, n: int) -> None:
+    for name in ("logprobs", "entropy", "values"):
+        shape = tuple(getattr(output, name).shape)
+        if shape != (n,):  # `[n, 1]` against `[n]` would broadcast to `[n, n]` and train on nonsense
+            raise ValueError(f"policy.evaluate returned {name} of shape {shape} for {n} decisions: it must be ({n},)")
 
 
 def update(
@@ -100,7 +113,7 @@ def update(
     clip_low = config.clip_range
     clip_high = config.clip_range if config.clip_range_high is None else config.clip_range_high
     costs, decision_counts = batch.inputs.costs, batch.inputs.decision_counts
-    num_items = int(reduce.max(-torch.tensor(len(costs))).neg())  # the smallest share of any process
+    num_items = -int(reduce.max(-torch.tensor(len(costs))))  # the smallest share of any process
     sums = _Sums()
     grad_norms: dict[str, list[float]] = {}
     stopped = False
@@ -108,7 +121,8 @@ def update(
 
     for epoch in range(config.epochs):
         epoch_sums = _Sums()
-        for items in shuffled_minibatches(len(costs), min(config.minibatches, num_items), generator):
+        num_minibatches = min(config.minibatches, num_items)  # fewer where there are fewer items
+        for items in shuffled_minibatches(len(costs), num_minibatches, generator) if num_items else []:
             items = items.to(costs.device)
             decisions = decision_indices(items, decision_counts)
             policy_denominator = reduce.sum(batch.policy_weights[decisions].sum())
@@ -116,20 +130,23 @@ def update(
             if float(policy_denominator) == 0.0 and float(value_denominator) == 0.0:
                 continue  # nothing to learn from: every decision was dropped
             if config.loss_denominator is not None:
-                policy_denominator = torch.tensor(config.loss_denominator)
+                policy_denominator = torch.full_like(policy_denominator, config.loss_denominator)
             minibatch_sums = _Sums()
+            broken = ""
             optimizer.zero_grad(set_to_none=True)
             for micro_items in budgeted_microbatches(items, costs, config.token_budget):
                 indices = decision_indices(micro_items, decision_counts)
                 output = policy.evaluate(batch.inputs.select(micro_items))
+                _check_shapes(output, len(indices))
                 old_logprobs, advantages = batch.old_logprobs[indices], batch.advantages[indices]
                 policy_weights, value_weights = batch.policy_weights[indices], batch.value_weights[indices]
 
                 surrogate = clipped_surrogate(output.logprobs, old_logprobs, advantages, clip_low, clip_high)
-                policy_terms = policy_weights * batch.importance_weights[indices] * surrogate
-                value_terms = value_weights * value_loss(
+                value_errors = value_loss(
                     output.values, batch.old_values[indices], batch.returns[indices], config.value_clip
                 )
+                policy_terms = _weighted(policy_weights, batch.importance_weights[indices] * surrogate)
+                value_terms = _weighted(value_weights, value_errors)
                 policy_part = policy_terms.sum() / policy_denominator.clamp(min=1e-12)
                 value_part = value_terms.sum() / value_denominator.clamp(min=1e-12)
                 loss = policy_part + config.value_coef * value_part
@@ -137,11 +154,8 @@ def update(
                     entropy = (policy_weights * output.entropy).sum() / policy_denominator.clamp(min=1e-12)
                     loss = loss - config.entropy_coef * entropy
                 if not torch.isfinite(loss):
-                    raise CheckFailed(
-                        f"the loss became {float(loss)} in epoch {epoch + 1} of the update (policy part"
-                        f" {float(policy_part):.4g}, value part {float(value_part):.4g}): lower the learning rate,"
-                        " or look for NaN in the rewards and in the model's weights"
-                    )
+                    broken = f"policy part {policy_part.item():.4g}, value part {value_part.item():.4g}"
+                    break
                 loss.backward()  # pyright: ignore[reportUnknownMemberType]
 
                 with torch.no_grad():
@@ -152,14 +166,19 @@ def update(
                     minibatch_sums.add("value_weight", value_weights)
                     minibatch_sums.add("policy_loss", policy_terms)
                     minibatch_sums.add("value_loss", value_terms)
-                    minibatch_sums.add("entropy", policy_weights * output.entropy)
-                    minibatch_sums.add("ratio_error", policy_weights * (ratios - 1).abs())
+                    minibatch_sums.add("entropy", _weighted(policy_weights, output.entropy))
+                    minibatch_sums.add("ratio_error", _weighted(policy_weights, (ratios - 1).abs()))
                     minibatch_sums.add("clipped", policy_weights * clipped)
                     # KL(old || new), sampled from old: the k3 estimate with the roles of the two exchanged
-                    minibatch_sums.add("kl", policy_weights * kl_estimate(old_logprobs, new_logprobs, "k3"))
-                    if len(ratios):
-                        top = ratios.max() if sums.ratio_max is None else torch.maximum(sums.ratio_max, ratios.max())
-                        sums.ratio_max = top
+                    kl = kl_estimate(old_logprobs, new_logprobs, "k3")
+                    minibatch_sums.add("kl", _weighted(policy_weights, kl))
+                    if bool((policy_weights > 0).any()):
+                        sums.ratio_max = torch.maximum(sums.ratio_max, ratios[policy_weights > 0].max().cpu())
+            if float(reduce.max(torch.tensor(float(bool(broken))))):  # every process stops together
+                raise CheckFailed(
+                    f"the loss is not finite in epoch {epoch + 1} of the update ({broken or 'in another process'}):"
+                    " lower the learning rate, or look for NaN in the rewards and in the model's weights"
+                )
             if optimizer_steps == 0:
                 error = minibatch_sums.mean("ratio_error", "weight", reduce)
                 if error > config.ratio_tolerance:
@@ -195,7 +214,7 @@ def update(
         "policy/loss": sums.mean("policy_loss", "weight", reduce),
         "policy/entropy": sums.mean("entropy", "weight", reduce),
         "policy/clip_fraction": sums.mean("clipped", "weight", reduce),
-        "policy/ratio_max": float(reduce.max(sums.ratio_max)) if sums.ratio_max is not None else math.nan,
+        "policy/ratio_max": float(reduce.max(sums.ratio_max)),
         "policy/kl_stopped": float(stopped),
         "value/loss": sums.mean("value_loss", "value_weight", reduce),
         "value/explained_variance": float(

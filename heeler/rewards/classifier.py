@@ -32,14 +32,21 @@ class ClassifierReward:
         path: folder or hub id of a classifier with one label (its logit) or two (the difference of the two).
         scale, shift: score = scale * logit + shift.
         batch_tokens: padded tokens in one forward pass.
+        device: where it runs.
     """
 
-    def __init__(self, path: str, *, scale: float = 1.0, shift: float = 0.0, batch_tokens: int = 4096) -> None:
+    def __init__(
+        self, path: str, *, scale: float = 1.0, shift: float = 0.0, batch_tokens: int = 4096, device: str = "cpu"
+    ) -> None:
         self.path, self.scale, self.shift, self.batch_tokens = path, scale, shift, batch_tokens
         self.tokenizer = loading.load_tokenizer(path)
-        self.model = loading.load_classifier(path).requires_grad_(False)
+        self.tokenizer.truncation_side = "left"  # a text that is too long loses its beginning, not the completion
+        self.device = device
+        self.model = loading.load_classifier(path).requires_grad_(False).to(device)
         if self.model.config.num_labels > 2:
-            raise HeelerError(f"the reward model {path} has {self.model.config.num_labels} labels: it must have one or two")
+            raise HeelerError(
+                f"the reward model {path} has {self.model.config.num_labels} labels: it must have one or two"
+            )
         limit = getattr(self.model.config, "max_position_embeddings", 512) or 512
         self.max_length = int(min(limit, self.tokenizer.model_max_length))
 
@@ -52,9 +59,9 @@ class ClassifierReward:
         start = 0
         while start < len(order):
             rows = order[start : start + max(self.batch_tokens // len(encoded[order[start]]), 1)]
-            batch = self.tokenizer.pad({"input_ids": [encoded[i] for i in rows]}, return_tensors="pt")
+            batch = self.tokenizer.pad({"input_ids": [encoded[i] for i in rows]}, return_tensors="pt").to(self.device)
             output = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
-            logits[rows] = output[:, 0] if output.shape[1] == 1 else output[:, 1] - output[:, 0]
+            logits[rows] = (output[:, 0] if output.shape[1] == 1 else output[:, 1] - output[:, 0]).cpu()
             start += len(rows)
         return logits
 

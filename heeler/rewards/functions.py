@@ -27,21 +27,25 @@ def load_function(spec: str) -> RewardFunction:
     """The function that `module:name` names; modules of the current directory are found too."""
     module_name, _, name = spec.partition(":")
     if not module_name or not name:
-        raise HeelerError(f"{spec!r} does not name a function: write it as module:function, for instance my_rewards:score")
+        raise HeelerError(
+            f"{spec!r} does not name a function: write it as module:function, for instance my_rewards:score"
+        )
     if "" not in sys.path and str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is not None and (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise HeelerError(f"there is no module {module_name!r} in {Path.cwd()} or among the installed packages") from error
+            raise HeelerError(
+                f"there is no module {module_name!r} in {Path.cwd()} or among the installed packages"
+            ) from error
         raise HeelerError(f"the module {module_name!r} needs {error.name!r}, which is not installed") from error
     except Exception as error:
         raise HeelerError(f"the module {module_name!r} cannot be imported: {_where(error)}") from error
-    function = getattr(module, name, None)
+    function: Any = getattr(module, name, None)
     if not callable(function):
         raise HeelerError(f"the module {module_name!r} has no function {name!r}")
-    return function
+    return function  # pyright: ignore[reportReturnType]
 
 
 def _where(error: BaseException) -> str:
@@ -77,7 +81,9 @@ def check_values(values: Any, count: int, name: str) -> RewardOutput:
     if isinstance(values, torch.Tensor):
         values = values.tolist()
     if isinstance(values, (str, bytes)) or not hasattr(values, "__len__"):
-        raise HeelerError(f"the reward function {name} returned {type(values).__name__}: it must return a list of floats")
+        raise HeelerError(
+            f"the reward function {name} returned {type(values).__name__}: it must return a list of floats"
+        )
     values = list(values)
     if len(values) != count:
         raise HeelerError(f"the reward function {name} returned {len(values)} values for {count} completions")

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from heeler.runtime.packages import require
 from heeler.rewards.classifier import texts_of
+from heeler.runtime.packages import require
 
 
 @lru_cache(maxsize=1)

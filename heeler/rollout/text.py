@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -72,11 +73,19 @@ class TextCollector:
 
     def collect(self, step: int) -> Rollout:
         chosen = prompts_of_update(len(self.prompts), self.prompts_per_update, step, self.seed)
-        mine = chosen[self.reduce.rank :: self.reduce.world_size]
-        indices = [index for index in mine for _ in range(self.samples_per_prompt)]
-        samples = [sample for _ in mine for sample in range(self.samples_per_prompt)]
+        seen: Counter[int] = Counter()  # a prompt that comes twice in an update gets further sample ids, not the same
+        pairs: list[tuple[int, int]] = []
+        for index in chosen:
+            for _ in range(self.samples_per_prompt):
+                pairs.append((index, seen[index]))
+                seen[index] += 1
+        n = self.samples_per_prompt
+        mine = [pair for k, pair in enumerate(pairs) if (k // n) % self.reduce.world_size == self.reduce.rank]
+        indices, samples = [index for index, _ in mine], [sample for _, sample in mine]
         seeds = [draw_seed(self.seed, step, i, s) for i, s in zip(indices, samples, strict=True)]
-        return sample_rollout(self.engine, self.tokenizer, self.prompts, indices, samples, seeds, self.sampling, self.device)
+        return sample_rollout(
+            self.engine, self.tokenizer, self.prompts, indices, samples, seeds, self.sampling, self.device
+        )
 
 
 def sample_rollout(
@@ -130,7 +139,10 @@ def pack(prompts: Sequence[Sequence[int]], completions: Sequence[Completion], de
     for prompt, completion in zip(prompts, completions, strict=True):
         tokens += [*prompt, *completion.tokens]
         lengths.append(len(prompt) + len(completion.tokens))
-        is_decision += [torch.zeros(len(prompt), dtype=torch.bool), torch.ones(len(completion.tokens), dtype=torch.bool)]
+        is_decision += [
+            torch.zeros(len(prompt), dtype=torch.bool),
+            torch.ones(len(completion.tokens), dtype=torch.bool),
+        ]
         if completion.trunk_states is not None:
             states += [completion.trunk_states, completion.trunk_states.new_zeros(1, completion.trunk_states.shape[1])]
     return TokenInputs(

@@ -27,6 +27,8 @@ def _classes(annotation: Any) -> list[type]:
         return [annotation]
     if isinstance(annotation, types.UnionType) or typing.get_origin(annotation) is typing.Union:
         return [cls for part in typing.get_args(annotation) for cls in _classes(part)]
+    if typing.get_origin(annotation) is typing.Annotated:
+        return _classes(typing.get_args(annotation)[0])
     return []
 
 

@@ -152,7 +152,9 @@ class RunFolder:
         except (OSError, RuntimeError, EOFError) as error:
             raise HeelerError(f"the checkpoint {file} cannot be read ({str(error).splitlines()[0]})") from error
         if state.get("format") != CHECKPOINT_FORMAT:
-            raise HeelerError(f"the checkpoint {file} has format {state.get('format')}, this version reads {CHECKPOINT_FORMAT}")
+            raise HeelerError(
+                f"the checkpoint {file} has format {state.get('format')}, this version reads {CHECKPOINT_FORMAT}"
+            )
         return state
 
 

@@ -107,6 +107,4 @@ def evaluate_text(
         "truncated_fraction": float(rollout.truncated.float().mean()),
         "kl/ref": kl / count,
     }
-    return Evaluation(
-        figures=figures, prompts=rollout.prompts, completions=rollout.completions, rewards=shown.tolist()
-    )
+    return Evaluation(figures=figures, prompts=rollout.prompts, completions=rollout.completions, rewards=shown.tolist())

@@ -83,9 +83,7 @@ def train_loop(
         factor = config.lr_schedule.factor(state.step, config.updates)
         for group in state.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        metrics |= update(
-            policy, state.optimizer, batch, config.ppo, generator=state.generator, reduce=reduce
-        )
+        metrics |= update(policy, state.optimizer, batch, config.ppo, generator=state.generator, reduce=reduce)
         state.step += 1
         collector.publish(policy, state.step)
         end = time.perf_counter()

@@ -77,9 +77,7 @@ class LabelledTexts:
     def batch(self, items: Sequence[int], starts: Sequence[int], length: int) -> dict[str, Tensor]:
         """`input_ids` and `attention_mask`, each `[B, L]`, special tokens counted in `length`."""
         first, last = [self.tokenizer.cls_token_id], [self.tokenizer.sep_token_id]
-        rows = [
-            [*first, *self.ids[i][s : s + length - 2], *last] for i, s in zip(items, starts, strict=True)
-        ]
+        rows = [[*first, *self.ids[i][s : s + length - 2], *last] for i, s in zip(items, starts, strict=True)]
         return self.tokenizer.pad({"input_ids": rows}, return_tensors="pt")
 
 
@@ -98,7 +96,11 @@ def accuracy(model: Any, data: LabelledTexts, length: int, batch_size: int = 64)
 
 
 def train_reward_model(
-    config: RewardConfig, train: LabelledTexts, tests: Mapping[str, tuple[LabelledTexts, int]], out: Path, show: bool = True
+    config: RewardConfig,
+    train: LabelledTexts,
+    tests: Mapping[str, tuple[LabelledTexts, int]],
+    out: Path,
+    show: bool = True,
 ) -> dict[str, Any]:
     """Train, measure on each of `tests` (name -> texts and length), and write the folder aside, then rename.
 
@@ -110,7 +112,9 @@ def train_reward_model(
     model = loading.load_classifier(config.base, num_labels=1)
     encoder, head = _parts(model, config.frozen_layers)
     optimizer = torch.optim.AdamW(
-        [{"params": encoder, "lr": config.lr}, {"params": head, "lr": config.head_lr}], betas=(0.9, 0.98), weight_decay=0.01
+        [{"params": encoder, "lr": config.lr}, {"params": head, "lr": config.head_lr}],
+        betas=(0.9, 0.98),
+        weight_decay=0.01,
     )
     peaks = [group["lr"] for group in optimizer.param_groups]
     rng = random.Random(config.seed)
@@ -138,7 +142,9 @@ def train_reward_model(
         logits = model(**batch).logits[:, 0]
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets)
         if not torch.isfinite(loss):
-            raise CheckFailed(f"the reward model's loss became {float(loss)} at step {step + 1}: lower its learning rate")
+            raise CheckFailed(
+                f"the reward model's loss became {float(loss)} at step {step + 1}: lower its learning rate"
+            )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_([*encoder, *head], 1.0)
@@ -154,7 +160,6 @@ def train_reward_model(
     report = {"config": to_json(config), "seconds": round(seconds, 1), "steps": step, "figures": figures}
     aside = out.with_name(out.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
-    model.config.problem_type = "single_label_classification"
     model.save_pretrained(aside)
     train.tokenizer.save_pretrained(aside)
     write_json(aside / "heeler.json", report)

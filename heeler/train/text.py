@@ -1,8 +1,8 @@
 """PPO for language models: assembling policy, engine, prompts and rewards into a run.
 
-    from heeler import TextConfig, train_text
-    run = train_text(TextConfig(model="path", updates=50), prompts=["Once upon"], reward=my_reward)
-    print(run.sample("Once upon"))
+from heeler import TextConfig, train_text
+run = train_text(TextConfig(model="path", updates=50), prompts=["Once upon"], reward=my_reward)
+print(run.sample("Once upon"))
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 
 from heeler.data.prompts import PromptSet, load_prompts
 from heeler.policies import loading
@@ -97,7 +98,7 @@ class TextConfig:
     prompts_per_update: int = 64
     samples_per_prompt: int = 1
     sampling: Sampling = Sampling()
-    trainable: Trainable = TopLayers()
+    trainable: Full | TopLayers | Annotated[LoRA, tyro.conf.subcommand("lora")] = TopLayers()
     critic: Critic = ValueHead()
     kl: KLConfig = FixedKL()
     kl_estimator: KLEstimator = "k1"
@@ -146,7 +147,7 @@ class TextRun:
     def evaluate(self) -> Evaluation:
         """Figures on the evaluation prompts with the policy as it is now."""
         if self.eval_prompts is None:
-            raise HeelerError("there are no evaluation prompts: give --eval-prompts")
+            raise HeelerError("the run has no evaluation prompts: give a JSONL file of prompts")
         self.publish()
         return evaluate_text(
             self.policy, self.engine, self.tokenizer, self.eval_prompts, self.reward, self.judges,
@@ -169,12 +170,12 @@ class TextRun:
         return list(rollout.completions)
 
 
-def load_reward(spec: str) -> Reward:
+def load_reward(spec: str, device: str = "cpu") -> Reward:
     """The reward that `spec` names: the folder of a classifier, or module:function."""
     if not spec:
         raise HeelerError("no reward was given: --reward module:function, or the folder of a sequence classifier")
     if (Path(spec) / "config.json").is_file():
-        return ClassifierReward(spec)
+        return ClassifierReward(spec, device=device)
     return FunctionReward(load_function(spec), spec)
 
 
@@ -205,9 +206,10 @@ def build_text_run(
     machine.keep_freed_memory()
     machine.set_threads(config.threads)
     machine.seed_everything(config.seed)
+    device = machine.choose_device(config.device)
     scorer: Reward
     if reward is None:
-        scorer = load_reward(config.reward)
+        scorer = load_reward(config.reward, device)
     elif callable(reward) and hasattr(reward, "__name__"):
         scorer = FunctionReward(reward, getattr(reward, "__name__", "reward"))  # pyright: ignore
     else:
@@ -215,7 +217,6 @@ def build_text_run(
     judges = load_judges(config.judges)
     tokenizer = loading.load_tokenizer(config.model)
 
-    device = machine.choose_device(config.device)
     model = loading.load_causal_lm(config.model).to(device)
     precision, why = machine.choose_precision(config.precision, device)
     context = loading.context_length(model)
@@ -293,12 +294,23 @@ def make_score(run: TextRun) -> Callable[[Rollout, TrainState], tuple[ScoredRoll
         output = run.reward(prompts=rollout.prompts, completions=rollout.completions, columns=rollout.columns)
         device = rollout.behavior_logprobs.device
         scores = output.scores.to(device)
+        if not bool(torch.isfinite(scores).all()):
+            raise CheckFailed(
+                "the reward is not finite for at least one completion: look at the reward model's weights"
+            )
+        if bool((rollout.policy_versions != state.step).any()):
+            raise CheckFailed(
+                f"the engine sampled with the weights of update {int(rollout.policy_versions.min())}, but update"
+                f" {state.step} was published"
+            )
         token_rewards = None if output.token_rewards is None else _flat_rewards(output.token_rewards, rollout)
 
         bootstrapping = config.truncation == "bootstrap"
         old, ref = torch.empty_like(rollout.behavior_logprobs), torch.empty_like(rollout.behavior_logprobs)
         values, after = torch.empty_like(old), torch.zeros_like(scores)
-        for items in budgeted_microbatches(torch.arange(len(inputs.lengths)), inputs.costs.cpu(), config.ppo.token_budget):
+        for items in budgeted_microbatches(
+            torch.arange(len(inputs.lengths)), inputs.costs.cpu(), config.ppo.token_budget
+        ):
             items = items.to(device)
             indices = decision_indices(items, inputs.decision_counts)
             said, ref_logprobs, last = policy.score(inputs.select(items), last_values=bootstrapping)
@@ -328,7 +340,9 @@ def make_score(run: TextRun) -> Callable[[Rollout, TrainState], tuple[ScoredRoll
         metrics = {
             "reward/mean": float(mean),
             "reward/std": float(variance.sqrt()),
-            **{f"reward/{name}": float(moments(x.to(device), ones, reduce)[0]) for name, x in output.components.items()},
+            **{
+                f"reward/{name}": float(moments(x.to(device), ones, reduce)[0]) for name, x in output.components.items()
+            },
             "kl/ref": mean_kl,
             "kl/coef": state.kl_coef,
             "completion/length": float(moments(rollout.offsets.diff().float(), ones, reduce)[0]),
@@ -344,12 +358,14 @@ def make_score(run: TextRun) -> Callable[[Rollout, TrainState], tuple[ScoredRoll
 def check_paths(gap: torch.Tensor, from_reference: torch.Tensor, step: int, tolerance: float) -> None:
     """Engine against trainer (every update is the probe of the publish before it), and policy against reference."""
     if not bool(torch.isfinite(gap).all()):
-        raise CheckFailed("a log-probability is not finite: the model's weights or logits hold NaN; lower the learning rate")
+        raise CheckFailed(
+            "a log-probability is not finite: the model's weights or logits hold NaN; lower the learning rate"
+        )
     mean_gap = float(gap.mean())
     if mean_gap > tolerance:
         raise CheckFailed(
-            f"engine and trainer disagree by {mean_gap:.2g} nats a token (tolerance {tolerance:g}) at update {step + 1}:"
-            " the engine samples other weights or another distribution than the trainer scores; look at publish, at the"
+            f"engine and trainer differ by {mean_gap:.2g} nats a token (tolerance {tolerance:g}) at update {step + 1}"
+            ": the engine samples other weights or another distribution than the trainer scores; look at publish, at the"
             " temperature, and at the precision of both"
         )
     if step == 0 and float(from_reference.abs().mean()) > tolerance:
@@ -398,7 +414,7 @@ def train_text(
     try:
         run = build_text_run(config, prompts=prompts, eval_prompts=eval_prompts, reward=reward)
         if run.prompts is None:
-            raise HeelerError("no prompts were given: --prompts FILE.jsonl with a \"prompt\" column")
+            raise HeelerError('no prompts were given: --prompts FILE.jsonl with a "prompt" column')
     except BaseException:
         if not any(folder.path.iterdir()):
             folder.path.rmdir()
@@ -438,8 +454,11 @@ def resume_text(
     assert run.folder is not None
     if run.state.step >= run.config.updates:
         raise HeelerError(
-            f"{path} is complete: it has done its {run.config.updates} updates; give --updates N to go on"
+            f"{path} is complete: it has done {run.state.step} updates; give a larger --updates N to go on"
         )
+    if run.prompts is None:
+        raise HeelerError(f"{path} was trained on prompts given in Python: resume it there, with the same prompts")
+    run.folder.write_config({**run.folder.read_config(), "config": to_json(run.config)})
     run.folder.forget_after(run.state.step)
     say(f"continuing {path} after update {run.state.step}", show)
     return _continue(run, on_update, show)
@@ -458,7 +477,13 @@ def load_text_run(
     saved = folder.read_config()
     config: TextConfig = from_json(TextConfig, saved["config"], str(folder.path / "config.json"))
     resolved = saved["resolved"]
-    config = replace(config, out=str(path), precision=resolved["precision"], updates=updates or config.updates)
+    config = replace(
+        config,
+        out=str(path),
+        precision=resolved["precision"],
+        threads=resolved["threads"],
+        updates=updates or config.updates,
+    )
     step = folder.last_checkpoint()
     if step is None:
         raise HeelerError(f"{path} has no checkpoint to continue from")
@@ -509,13 +534,14 @@ def _continue(run: TextRun, on_update: Callable[[UpdateReport], None] | None, sh
     with _interruptible() as interrupted:
 
         def after_update(report: UpdateReport) -> bool:
+            evaluated = run.eval_prompts is not None and config.eval_every and state.step % config.eval_every == 0
+            if evaluated:
+                report = replace(report, metrics=report.metrics | _keep_if_best(run, show))
             folder.log(report.metrics, _samples(report, config.samples_logged))
             bar.update(1)
             say(describe_update(report.metrics, config.updates), show)
             if on_update is not None:
                 on_update(report)
-            if config.eval_every and state.step % config.eval_every == 0 and run.eval_prompts is not None:
-                _keep_if_best(run, show)
             best = run.summary.get("best", {}).get("step")
             if state.step % config.checkpoint_every == 0 or interrupted.is_set() or state.step == config.updates:
                 _save(run, keep_best=best)
@@ -525,8 +551,10 @@ def _continue(run: TextRun, on_update: Callable[[UpdateReport], None] | None, sh
             train_loop(state, collector, make_score(run), config, LocalReduce(), after_update)
         except HeelerError as error:
             at = folder.last_checkpoint()
-            raise type(error)(f"{error} [update {state.step + 1}; {folder.path} holds update {at}, continue it with:"
-                              f" heeler resume {folder.path}]") from error
+            raise type(error)(
+                f"{error} [update {state.step + 1}; {folder.path} holds update {at}, continue it with:"
+                f" heeler resume {folder.path}]"
+            ) from error
         finally:
             bar.close()
             folder.close()
@@ -542,24 +570,27 @@ def _continue(run: TextRun, on_update: Callable[[UpdateReport], None] | None, sh
         say("evaluating after training", show)
         after = run.evaluate()
         run.summary["eval/after"] = after.figures
-        for example, text, value in zip(run.summary.get("eval/examples", []), after.completions, after.rewards, strict=False):
+        for example, text, value in zip(
+            run.summary.get("eval/examples", []), after.completions, after.rewards, strict=False
+        ):
             example |= {"after": text, "reward/after": value}
     run.summary["peak_memory_gib"] = round(machine.peak_memory_gib(), 2)
     folder.write_summary(run.summary)
     return run
 
 
-def _keep_if_best(run: TextRun, show: bool) -> None:
+def _keep_if_best(run: TextRun, show: bool) -> dict[str, float]:
+    """Evaluate; keep policy and checkpoint where the held-out reward is the best so far. Returns the figures."""
     assert run.folder is not None
     figures = run.evaluate().figures
     say(f"  held-out reward {figures['reward']:.3f}, KL {figures['kl/ref']:.2f} nats", show)
-    run.folder.log({"step": run.state.step, **{f"eval/{k}": v for k, v in figures.items()}})
     best = run.summary.get("best")
     if best is None or figures["reward"] > best["reward"]:
         run.summary["best"] = {"step": run.state.step, **figures}
         export_policy(run, run.folder.path / "best")
         _save(run, keep_best=run.state.step)
         run.folder.write_summary(run.summary)
+    return {f"eval/{name}": value for name, value in figures.items()}
 
 
 def export_policy(run: TextRun, folder: Path) -> None:

@@ -30,8 +30,10 @@ def sample(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tenso
     logits = logits.float()
     if temperature != 1.0:
         logits = logits / temperature
-    lse = logits.logsumexp(-1, keepdim=True)
-    cumulative = (logits - lse).exp_().cumsum_(-1)
+    top = logits.amax(-1, keepdim=True)
+    weights = torch.sub(logits, top).exp_()
+    lse = top + weights.sum(-1, keepdim=True).log_()
+    cumulative = weights.cumsum_(-1)
     threshold = (u.to(logits.device) * cumulative[:, -1])[:, None]
     tokens = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.shape[1] - 1)
     return tokens[:, 0], (logits.gather(1, tokens) - lse)[:, 0]

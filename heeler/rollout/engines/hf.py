@@ -21,7 +21,10 @@ class HFEngine(WeightReceiver):
     """
 
     def __init__(self, model: Any, *, eos_ids: Sequence[int], max_rows: int = 128) -> None:
+        from transformers import GenerationConfig
+
         super().__init__(model)
+        model.generation_config = GenerationConfig()  # generate would take penalties and cut-offs from the model's own
         self.eos_ids, self.max_rows = sorted(eos_ids), max_rows
         self.device = next(model.parameters()).device
 

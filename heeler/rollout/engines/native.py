@@ -39,6 +39,7 @@ def _make_cache(config: Any, capacity: int) -> Any:
                 self.keys = key_states.new_empty(batch, heads, capacity, width)
                 self.values = value_states.new_empty(batch, heads, capacity, value_states.shape[-1])
             end = self.length + key_states.shape[2]
+            assert self.keys is not None and self.values is not None
             self.keys[:, :, self.length : end] = key_states
             self.values[:, :, self.length : end] = value_states
             self.length = end

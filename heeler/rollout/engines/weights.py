@@ -29,7 +29,9 @@ class WeightReceiver:
             raise HeelerError("weights were sent to the engine outside a publish: call begin first")
         for name, tensor in bucket:
             if name not in self._parameters or self._parameters[name].shape != tensor.shape:
-                raise HeelerError(f"the engine has no weight {name} of shape {tuple(tensor.shape)}: is it another model?")
+                raise HeelerError(
+                    f"the engine has no weight {name} of shape {tuple(tensor.shape)}: is it another model?"
+                )
             self._parameters[name].copy_(tensor)
 
     def commit(self, version: int) -> None:

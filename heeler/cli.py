@@ -1,0 +1,223 @@
+"""The command line. Verbs are dispatched before anything heavy is imported, so `heeler --help` answers at once."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from heeler.types import HeelerError
+
+HELP = """heeler: PPO for language models
+
+  heeler ppo imdb                       a real 135M model learns to continue movie reviews positively
+  heeler ppo lm --model M --prompts F --reward module:function
+                                        your model, your prompts, your reward
+  heeler reward imdb [--full]           the reward model of the recipe
+  heeler eval RUN                       held-out figures of a run's policy
+  heeler sample RUN_OR_MODEL --prompt P [--prompt P ...]
+                                        what a policy writes
+  heeler resume RUN [--updates N]       continue a run from its last checkpoint
+
+Every verb explains its flags: heeler ppo lm --help"""
+
+RECIPES = ("imdb", "lm")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0 done, 2 input that cannot be used, 130 interrupted."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _dispatch(words)
+    except HeelerError as error:
+        print(f"heeler: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"\nheeler: {interrupt or 'interrupted'}", file=sys.stderr)
+        return 130
+
+
+def _dispatch(words: list[str]) -> int:
+    if not words or words[0] in ("-h", "--help"):
+        print(HELP)
+        return 0
+    if words[0] == "--version":
+        from heeler import __version__
+
+        print(f"heeler {__version__}")
+        return 0
+    verbs: dict[str, Callable[[list[str]], int]] = {
+        "ppo": _ppo, "reward": _reward, "eval": _eval, "sample": _sample, "resume": _resume,
+    }  # fmt: skip
+    if words[0] not in verbs:
+        raise HeelerError(f"there is no verb {words[0]!r}{_nearest(words[0], verbs)}; heeler --help lists them")
+    return verbs[words[0]](words[1:])
+
+
+def _nearest(word: str, choices: Sequence[str] | dict[str, Any]) -> str:
+    from difflib import get_close_matches
+
+    close = get_close_matches(word, list(choices), n=2)
+    return f", did you mean {' or '.join(close)}?" if close else ""
+
+
+def _parse(cls: Any, words: list[str], prog: str) -> Any:
+    import tyro
+
+    return tyro.cli(cls, args=words, prog=prog)
+
+
+def _recipe(verb: str, words: list[str], recipes: Sequence[str]) -> tuple[str, list[str]]:
+    if not words or words[0] in ("-h", "--help"):
+        print(f"heeler {verb} takes a recipe: {', '.join(recipes)}. Its flags: heeler {verb} {recipes[0]} --help")
+        raise SystemExit(0 if words else 2)
+    if words[0] not in recipes:
+        raise HeelerError(
+            f"there is no recipe {words[0]!r} for heeler {verb}{_nearest(words[0], recipes)}; there are:"
+            f" {', '.join(recipes)}"
+        )
+    return words[0], words[1:]
+
+
+def _ppo(words: list[str]) -> int:
+    recipe, rest = _recipe("ppo", words, RECIPES)
+    if recipe == "imdb":
+        from heeler.recipes.imdb import IMDB, run_imdb
+
+        run = run_imdb(_parse(IMDB, rest, "heeler ppo imdb"))
+    else:
+        from heeler.train.text import TextConfig, train_text
+
+        run = train_text(_parse(TextConfig, rest, "heeler ppo lm"))
+    _report(run)
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardIMDB:
+    """Train the reward model for movie reviews and keep it in the cache.
+
+    Attributes:
+        full: the long training that aims at 90 % (hours on a laptop CPU, minutes on a GPU).
+        seed: of its training.
+        retrain: train again even where it is in the cache.
+    """
+
+    full: bool = False
+    seed: int = 0
+    retrain: bool = False
+
+
+def _reward(words: list[str]) -> int:
+    _, rest = _recipe("reward", words, ("imdb",))
+    chosen = _parse(RewardIMDB, rest, "heeler reward imdb")
+    from heeler.recipes.imdb import imdb_reward_model
+
+    imdb_reward_model(full=chosen.full, seed=chosen.seed, retrain=chosen.retrain)
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resume:
+    """Continue a run.
+
+    Attributes:
+        updates: go on to this many updates; the run's own number where None.
+    """
+
+    updates: int | None = None
+
+
+def _positional(words: list[str], verb: str, what: str) -> tuple[str, list[str]]:
+    if not words or words[0].startswith("-"):
+        if words and words[0] in ("-h", "--help"):
+            return "", words
+        raise HeelerError(f"heeler {verb} needs {what} first")
+    return words[0], words[1:]
+
+
+def _resume(words: list[str]) -> int:
+    path, rest = _positional(words, "resume", "a run folder")
+    chosen = _parse(Resume, rest, "heeler resume RUN")
+    from heeler.train.text import resume_text
+
+    _report(resume_text(path, updates=chosen.updates))
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eval:
+    """Evaluate a run's policy on held-out prompts.
+
+    Attributes:
+        prompts: a JSONL file; the run's own evaluation prompts where None.
+    """
+
+    prompts: str | None = None
+
+
+def _eval(words: list[str]) -> int:
+    path, rest = _positional(words, "eval", "a run folder")
+    chosen = _parse(Eval, rest, "heeler eval RUN")
+    from heeler.runtime.runs import write_json
+    from heeler.train.report import figures_table
+    from heeler.train.text import load_text_run
+
+    run = load_text_run(path, eval_prompts=None if chosen.prompts is None else _rows(chosen.prompts))
+    evaluation = run.evaluate()
+    assert run.folder is not None
+    write_json(run.folder.path / "eval.json", {"step": run.state.step, **evaluation.figures})
+    print(figures_table({f"after update {run.state.step}": evaluation.figures}))
+    return 0
+
+
+def _rows(path: str) -> list[Any]:
+    from heeler.data.prompts import read_jsonl
+
+    return read_jsonl(path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleCommand:
+    """Sample completions.
+
+    Attributes:
+        prompt: a prompt; repeat the flag for more.
+        max_new_tokens: length cap.
+        temperature: of sampling.
+        seed: of the draws.
+        chat: apply the model's chat template to each prompt.
+    """
+
+    prompt: tuple[str, ...]
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    seed: int = 0
+    chat: bool = False
+
+
+def _sample(words: list[str]) -> int:
+    path, rest = _positional(words, "sample", "a run folder, a model folder or a hub id")
+    import tyro
+
+    chosen = tyro.cli(
+        tyro.conf.configure(tyro.conf.UseAppendAction)(SampleCommand), args=rest, prog="heeler sample RUN_OR_MODEL"
+    )
+    if not chosen.prompt:
+        raise HeelerError("heeler sample needs at least one --prompt")
+    from heeler.train.report import sample_model
+
+    for prompt, text in zip(chosen.prompt, sample_model(path, chosen), strict=True):
+        print(f"{prompt}\033[1m{text}\033[0m" if sys.stdout.isatty() else f"{prompt}{text}")
+    return 0
+
+
+def _report(run: Any) -> None:
+    from heeler.train.report import print_report
+
+    print_report(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,217 @@
+"""The policy against plain transformers, for every architecture and every way to train."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from heeler.policies.inputs import TokenInputs
+from heeler.policies.language_model import (
+    Full,
+    LanguageModelPolicy,
+    LoRA,
+    SeparateCritic,
+    TopLayers,
+    Trainable,
+    ValueHead,
+)
+from heeler.policies.loading import load_causal_lm
+from heeler.policies.splitting import split
+from heeler.types import HeelerError
+from tests.tiny import ARCHITECTURES, save_tiny_model
+
+WAYS = [Full(), TopLayers(layers=1), TopLayers(layers=3), LoRA(rank=2), LoRA(rank=2, layers=1)]
+
+
+def sequences(vocab: int = 257) -> TokenInputs:
+    """Three sequences of different lengths; the last one has a tool's tokens between its decisions."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([7, 4, 9])
+    is_decision = torch.zeros(20, dtype=torch.bool)
+    is_decision[3:7] = is_decision[9:11] = is_decision[14:16] = is_decision[18:20] = True
+    return TokenInputs(
+        tokens=torch.randint(1, vocab, (20,), generator=generator), lengths=lengths, is_decision=is_decision
+    )
+
+
+def plain_logprobs(model: torch.nn.Module, inputs: TokenInputs, temperature: float) -> Tensor:
+    """One sequence at a time through transformers, the whole softmax."""
+    values: list[Tensor] = []
+    start = 0
+    for length in inputs.lengths.tolist():
+        ids = inputs.tokens[start : start + length]
+        logp = (model(input_ids=ids[None]).logits[0].float() / temperature).log_softmax(-1)
+        for t in inputs.is_decision[start : start + length].nonzero()[:, 0].tolist():
+            values.append(logp[t - 1, ids[t]])
+        start += length
+    return torch.stack(values)
+
+
+def shake(policy: LanguageModelPolicy, scale: float = 0.05) -> None:
+    """Move every trained weight, so that policy and reference differ."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for group in policy.parameter_groups():
+            for parameter in group["params"]:
+                parameter += scale * torch.randn(parameter.shape, generator=generator)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_logprobs_equal_plain_transformers(architecture: str, way: Trainable, tmp_path: Path) -> None:
+    path = save_tiny_model(tmp_path, architecture)
+    policy = LanguageModelPolicy(load_causal_lm(path), trainable=way, critic=ValueHead(), temperature=0.8)
+    inputs = sequences()
+    original = plain_logprobs(AutoModelForCausalLM.from_pretrained(path).eval(), inputs, 0.8).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(policy.evaluate(inputs).logprobs, original, atol=1e-4, rtol=1e-4)
+
+    shake(policy)
+    output, ref_logprobs, _ = policy.score(inputs)
+    torch.testing.assert_close(ref_logprobs, original, atol=1e-4, rtol=1e-4)  # the reference did not move
+    torch.testing.assert_close(policy.score_reference(inputs), original, atol=1e-4, rtol=1e-4)
+    exported = plain_logprobs(policy.export_model(), inputs, 0.8).detach()  # what is published is what is trained
+    torch.testing.assert_close(output.logprobs, exported, atol=1e-4, rtol=1e-4)
+    assert float((output.logprobs - original).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("way", [Full(), TopLayers(layers=1), LoRA(rank=2, layers=1)], ids=str)
+def test_gradients_equal_plain_autograd(tiny_llama: str, way: Trainable) -> None:
+    policy = LanguageModelPolicy(load_causal_lm(tiny_llama), trainable=way, critic=ValueHead())
+    inputs = sequences()
+    policy.evaluate(inputs).logprobs.sum().backward()
+    mine = {n: p.grad.clone() for n, p in policy.model.named_parameters() if p.grad is not None}
+    policy.model.zero_grad()
+    plain_logprobs(policy.model, inputs, 1.0).sum().backward()
+    plain = {n: p.grad for n, p in policy.model.named_parameters() if p.grad is not None}
+    assert mine.keys() == plain.keys() and mine
+    for name, gradient in mine.items():
+        torch.testing.assert_close(gradient, plain[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("critic", [ValueHead(), ValueHead(detach=False), SeparateCritic()], ids=str)
+@pytest.mark.parametrize("way", [Full(), TopLayers(layers=1)], ids=str)
+def test_packed_equals_alone(tiny_llama: str, way: Trainable, critic: ValueHead | SeparateCritic) -> None:
+    """A sequence scores the same by itself and padded next to longer ones."""
+    policy = LanguageModelPolicy(load_causal_lm(tiny_llama), trainable=way, critic=critic)
+    shake(policy)
+    inputs = sequences()
+    with torch.no_grad():
+        together = policy.evaluate(inputs)
+        alone = [policy.evaluate(inputs.select(torch.tensor([i]))) for i in range(3)]
+    for name in ("logprobs", "entropy", "values"):
+        torch.testing.assert_close(getattr(together, name), torch.cat([getattr(a, name) for a in alone]))
+    assert float(together.values.std()) > 0
+
+
+@pytest.mark.parametrize(
+    ("critic", "moves"), [(ValueHead(detach=True), False), (ValueHead(detach=False), True), (SeparateCritic(), False)]
+)
+def test_where_the_value_gradient_goes(tiny_llama: str, critic: ValueHead | SeparateCritic, moves: bool) -> None:
+    policy = LanguageModelPolicy(load_causal_lm(tiny_llama), trainable=TopLayers(layers=1), critic=critic)
+    shake(policy)
+    policy.evaluate(sequences()).values.sum().backward()
+    policy_group, critic_group = policy.parameter_groups()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in policy_group["params"]) is moves
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in critic_group["params"])
+
+
+def test_values_start_at_zero(tiny_llama: str) -> None:
+    policy = LanguageModelPolicy(load_causal_lm(tiny_llama), trainable=TopLayers(layers=1), critic=ValueHead())
+    with torch.no_grad():
+        assert float(policy.evaluate(sequences()).values.abs().max()) == 0.0
+
+
+def test_value_after_the_last_token(tiny_llama: str) -> None:
+    """It is the value that the sequence would have before one more decision."""
+    policy = LanguageModelPolicy(load_causal_lm(tiny_llama), trainable=TopLayers(layers=1), critic=ValueHead())
+    shake(policy)
+    inputs = sequences().select(torch.tensor([0]))
+    _, _, after = policy.score(inputs, last_values=True)
+    longer = TokenInputs(
+        tokens=torch.cat([inputs.tokens, torch.tensor([5])]),
+        lengths=inputs.lengths + 1,
+        is_decision=torch.cat([inputs.is_decision, torch.tensor([True])]),
+    )
+    with torch.no_grad():
+        torch.testing.assert_close(after[0], policy.evaluate(longer).values[-1])
+
+
+def test_only_the_top_is_copied(tiny_llama: str) -> None:
+    """Engine and reference share the storage of everything frozen."""
+    policy = LanguageModelPolicy(load_causal_lm(tiny_llama), trainable=TopLayers(layers=1), critic=ValueHead())
+    own = dict(policy.model.named_parameters())
+    for name, parameter in policy.engine_model.named_parameters():
+        assert (parameter.data_ptr() == own[name].data_ptr()) == (not own[name].requires_grad), name
+
+
+def test_a_trunk_that_cannot_be_split_is_said_and_computed_whole(
+    tiny_llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("heeler.policies.language_model.split", lambda base, layers: None)
+    policy = LanguageModelPolicy(load_causal_lm(tiny_llama), trainable=TopLayers(layers=1), critic=ValueHead())
+    assert policy.trunk is None and any("cannot be split" in note for note in policy.notes)
+    inputs = sequences()
+    original = plain_logprobs(AutoModelForCausalLM.from_pretrained(tiny_llama).eval(), inputs, 1.0).detach()
+    shake(policy)
+    torch.testing.assert_close(policy.score(inputs)[1], original, atol=1e-4, rtol=1e-4)
+
+
+def test_scaled_logits_fall_back_to_the_models_own(tmp_path: Path) -> None:
+    """Granite multiplies its logits: the shortcut around its forward would be wrong, and is not taken."""
+    from transformers import GraniteConfig, GraniteForCausalLM
+
+    torch.manual_seed(0)
+    config = GraniteConfig(
+        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, logits_scaling=4.0, pad_token_id=None, bos_token_id=1, eos_token_id=0,
+    )  # fmt: skip
+    model = GraniteForCausalLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    inputs = sequences(50)
+    original = plain_logprobs(model, inputs, 1.0).detach()
+    policy = LanguageModelPolicy(model, trainable=TopLayers(layers=1), critic=ValueHead())
+    assert any("more than its output layer" in note for note in policy.notes)
+    with torch.no_grad():
+        torch.testing.assert_close(policy.evaluate(inputs).logprobs, original, atol=1e-4, rtol=1e-4)
+
+
+def test_split_keeps_the_whole(tiny_llama: str) -> None:
+    base = load_causal_lm(tiny_llama).base_model
+    halves = split(base, 2)
+    assert halves is not None
+    ids = torch.tensor([[3, 4, 5, 6]])
+    with torch.no_grad():
+        states = halves[0](input_ids=ids, use_cache=False).last_hidden_state
+        whole, joined = (
+            base(input_ids=ids, use_cache=False).last_hidden_state,
+            halves[1](inputs_embeds=states, use_cache=False).last_hidden_state,
+        )
+    torch.testing.assert_close(joined, whole)
+
+
+def test_sentences_for_settings_that_do_not_fit(tiny_llama: str) -> None:
+    with pytest.raises(HeelerError, match="the model has 3 of them"):
+        LanguageModelPolicy(load_causal_lm(tiny_llama), trainable=TopLayers(layers=9), critic=ValueHead())
+    with pytest.raises(HeelerError, match="cannot be combined with LoRA"):
+        LanguageModelPolicy(load_causal_lm(tiny_llama), trainable=LoRA(), critic=SeparateCritic())
+    with pytest.raises(HeelerError, match="cannot load the critic"):
+        LanguageModelPolicy(
+            load_causal_lm(tiny_llama), trainable=TopLayers(layers=1), critic=SeparateCritic(model="./no-such-model")
+        )
+
+
+def test_a_critic_from_another_model(tiny_llama: str, tmp_path: Path) -> None:
+    other = save_tiny_model(tmp_path / "other", hidden=16, seed=3)
+    policy = LanguageModelPolicy(
+        load_causal_lm(tiny_llama), trainable=TopLayers(layers=1), critic=SeparateCritic(model=other)
+    )
+    shake(policy)
+    with torch.no_grad():
+        assert float(policy.evaluate(sequences()).values.std()) > 0

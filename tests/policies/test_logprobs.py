@@ -1,0 +1,77 @@
+"""The chunked kernel against its slow twin: the whole array, log_softmax, autograd."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from heeler.policies.logprobs import token_logprobs
+
+
+def slow(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, bias: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor]:
+    logp = ((hidden @ weight.t() + (0 if bias is None else bias)) / temperature).log_softmax(-1)
+    return logp.gather(1, tokens[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
+
+
+@given(
+    n=st.integers(1, 9),
+    vocab=st.integers(2, 12),
+    chunk=st.integers(1, 5),
+    temperature=st.sampled_from([0.5, 1.0, 1.7]),
+    frozen=st.booleans(),
+    with_bias=st.booleans(),
+    entropy_gradient=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_chunked_equals_whole(
+    n: int, vocab: int, chunk: int, temperature: float, frozen: bool, with_bias: bool, entropy_gradient: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(n, 6, generator=generator)
+    weight, bias = torch.randn(vocab, 6, generator=generator), torch.randn(vocab, generator=generator)
+    tokens = torch.randint(vocab, (n,), generator=generator)
+    cotangents = torch.randn(2, n, generator=generator)
+    results = []
+    for kernel in ("chunked", "whole"):
+        h = hidden.clone().requires_grad_()
+        w = weight.clone().requires_grad_(not frozen)
+        b = bias.clone().requires_grad_(not frozen) if with_bias else None
+        if kernel == "chunked":
+            logprobs, entropy = token_logprobs(
+                h, w, tokens, bias=b, temperature=temperature, entropy_gradient=entropy_gradient, chunk=chunk
+            )
+        else:
+            logprobs, entropy = slow(h, w, tokens, b, temperature)
+        total = (logprobs * cotangents[0]).sum()
+        if entropy_gradient:
+            total = total + (entropy * cotangents[1]).sum()
+        total.backward()
+        results.append([logprobs, entropy, h.grad, w.grad, None if b is None else b.grad])
+    for chunked, whole in zip(*results, strict=True):
+        assert (chunked is None) == (whole is None)
+        if chunked is not None:
+            torch.testing.assert_close(chunked, whole, atol=2e-5, rtol=1e-4)
+
+
+def test_entropy_without_a_gradient_is_a_constant() -> None:
+    hidden = torch.randn(3, 4, requires_grad=True)
+    logprobs, entropy = token_logprobs(hidden, torch.randn(5, 4), torch.tensor([0, 1, 2]))
+    assert logprobs.requires_grad and not entropy.requires_grad
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_no_array_of_positions_by_vocabulary_is_kept(frozen: bool) -> None:
+    """Between forward and backward nothing of size [n, V] is alive: that is what the kernel is for."""
+    n, vocab = 64, 5000
+    hidden = torch.randn(n, 8, requires_grad=True)
+    weight = torch.randn(vocab, 8, requires_grad=not frozen)
+    kept: list[int] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.numel()), t)[1], lambda t: t):
+        logprobs, _ = token_logprobs(hidden, weight, torch.randint(vocab, (n,)), chunk=16)
+    logprobs.sum().backward()
+    assert kept and max(kept) < n * vocab

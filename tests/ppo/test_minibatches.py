@@ -1,0 +1,90 @@
+"""Splitting a batch: every item once, within the budget, and back to its decisions."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from heeler.ppo.minibatches import budgeted_microbatches, decision_indices, shuffled_minibatches
+
+from .toy import rows_of
+
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+@given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 5))
+def test_minibatches_hold_every_item_once_and_have_equal_sizes(num_items, num_minibatches, seed):
+    num_minibatches = min(num_items, num_minibatches)
+    minibatches = shuffled_minibatches(num_items, num_minibatches, seeded(seed))
+    assert len(minibatches) == num_minibatches
+    assert sorted(torch.cat(minibatches).tolist()) == list(range(num_items))
+    sizes = [len(m) for m in minibatches]
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_the_generator_decides_the_order():
+    def order(generator):
+        return torch.cat(shuffled_minibatches(20, 4, generator)).tolist()
+
+    assert order(seeded(1)) == order(seeded(1))
+    assert order(seeded(1)) != order(seeded(2))
+    generator = seeded(1)
+    assert order(generator) != order(generator)  # another epoch, another order
+
+
+@pytest.mark.parametrize(("num_items", "num_minibatches"), [(3, 4), (3, 0), (0, 1)])
+def test_impossible_splits_are_refused(num_items, num_minibatches):
+    with pytest.raises(ValueError, match="cannot split"):
+        shuffled_minibatches(num_items, num_minibatches, seeded(0))
+
+
+@st.composite
+def costed_items(draw):
+    """The costs of a batch, and some of its items in any order."""
+    costs = draw(st.lists(st.integers(0, 30), min_size=1, max_size=25))
+    items = draw(st.permutations(range(len(costs))))
+    return items[: draw(st.integers(0, len(costs)))], costs
+
+
+def microbatches_loop(items, costs, budget):
+    """Longest first; each next item joins while its padded row still fits."""
+    batches = []
+    for item in sorted(items, key=lambda i: -costs[i]):
+        if batches and (len(batches[-1]) + 1) * max(costs[batches[-1][0]], 1) <= budget:
+            batches[-1].append(item)
+        else:
+            batches.append([item])
+    return batches
+
+
+@given(costed_items(), st.integers(1, 100))
+def test_microbatches_equal_their_plain_loop_and_keep_the_budget(data, budget):
+    items, costs = data
+    batches = budgeted_microbatches(torch.tensor(items, dtype=torch.int64), torch.tensor(costs), budget)
+    batches = [batch.tolist() for batch in batches]
+    assert batches == microbatches_loop(items, costs, budget)
+    assert sorted(i for batch in batches for i in batch) == sorted(items)
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(costs[i] for i in batch) <= budget
+
+
+@st.composite
+def counted_items(draw):
+    counts = draw(st.lists(st.integers(0, 6), min_size=1, max_size=12))
+    return draw(st.lists(st.integers(0, len(counts) - 1), max_size=12)), counts
+
+
+@given(counted_items())
+def test_decision_indices_equal_their_plain_loop(data):
+    items, counts = data
+    counts = torch.tensor(counts)
+    indices = decision_indices(torch.tensor(items, dtype=torch.int64), counts)
+    assert indices.dtype == torch.int64
+    assert indices.tolist() == rows_of(items, counts)
+
+
+def test_decision_indices_by_hand():
+    """Items of 2, 0 and 3 decisions, the last one first."""
+    assert decision_indices(torch.tensor([2, 1, 0]), torch.tensor([2, 0, 3])).tolist() == [2, 3, 4, 0, 1]

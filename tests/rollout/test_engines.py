@@ -1,0 +1,148 @@
+"""The native engine against transformers' generate, and both against the trainer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from heeler.policies.language_model import LanguageModelPolicy, TopLayers, ValueHead
+from heeler.policies.loading import load_causal_lm
+from heeler.rollout.engines.draws import draw_seed, sample
+from heeler.rollout.engines.hf import HFEngine
+from heeler.rollout.engines.native import NativeEngine
+from heeler.rollout.text import pack, prompts_of_update
+from heeler.types import Completion, HeelerError, Request, Sampling
+from tests.tiny import ARCHITECTURES, save_tiny_model
+
+PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16], [20, 21], [30, 31, 32, 33]]
+
+
+def requests(seed: int = 0) -> list[Request]:
+    return [Request(prompt=prompt, seed=draw_seed(seed, i)) for i, prompt in enumerate(PROMPTS)]
+
+
+def same(a: list[Completion], b: list[Completion], atol: float = 1e-4) -> None:
+    for x, y in zip(a, b, strict=True):
+        assert list(x.tokens) == list(y.tokens) and x.finish_reason == y.finish_reason
+        torch.testing.assert_close(x.logprobs, y.logprobs, atol=atol, rtol=0)
+
+
+def model_that_stops(path: str) -> Any:
+    """Tilt the output so that ends of sequence are drawn often: rows then leave the batch at different times."""
+    model = load_causal_lm(path)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter *= 0.3
+    return model
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_native_equals_generate(architecture: str, tmp_path: Path) -> None:
+    model = model_that_stops(save_tiny_model(tmp_path, architecture))
+    eos = list(range(0, 40))
+    sampling = Sampling(max_new_tokens=12, temperature=0.9)
+    native = NativeEngine(model, eos_ids=eos, max_rows=3).generate(requests(), sampling)
+    slow = HFEngine(model, eos_ids=eos).generate(requests(), sampling)
+    same(native, slow)
+    assert {c.finish_reason for c in native} == {"stop", "length"} or len({len(c.tokens) for c in native}) > 1
+
+
+def test_a_request_samples_the_same_whatever_shares_its_batch(tiny_llama: str) -> None:
+    engine = NativeEngine(model_that_stops(tiny_llama), eos_ids=range(30))
+    sampling = Sampling(max_new_tokens=10)
+    together = engine.generate(requests(), sampling)
+    alone = [engine.generate([request], sampling)[0] for request in requests()]
+    same(together, alone)
+    assert [list(c.tokens) for c in engine.generate(requests(seed=1), sampling)] != [list(c.tokens) for c in together]
+
+
+def test_logprobs_and_states_equal_the_trainers(tiny_llama: str) -> None:
+    policy = LanguageModelPolicy(load_causal_lm(tiny_llama), trainable=TopLayers(layers=1), critic=ValueHead())
+    engine = NativeEngine(policy.engine_model, eos_ids=range(40), trunk_layers=policy.num_trunk_layers)
+    completions = engine.generate(requests(), Sampling(max_new_tokens=8))
+    kept = pack(PROMPTS, completions, policy.device)
+    assert kept.trunk_states is not None
+    output, _, _ = policy.score(kept)
+    torch.testing.assert_close(torch.cat([c.logprobs for c in completions]), output.logprobs, atol=1e-4, rtol=0)
+    rows = kept.padded()
+    states = policy.trunk(input_ids=rows.ids, use_cache=False).last_hidden_state.detach()
+    for row, length in enumerate(rows.lengths.tolist()):
+        torch.testing.assert_close(rows.states[row, :length], states[row, :length], atol=1e-4, rtol=1e-4)
+
+
+def test_finished_rows_leave_the_batch(tiny_llama: str) -> None:
+    model = model_that_stops(tiny_llama)
+    sizes: list[int] = []
+    model.register_forward_pre_hook(lambda m, a, kw: sizes.append(len(kw["input_ids"])), with_kwargs=True)
+    many = [Request(prompt=[3, 4], seed=i) for i in range(32)]
+    NativeEngine(model, eos_ids=range(60)).generate(many, Sampling(max_new_tokens=20))
+    assert sizes[0] == 32 and sizes[-1] < 16
+
+
+def test_publish_is_a_transaction_that_moves_the_samples(tiny_llama: str) -> None:
+    policy = LanguageModelPolicy(load_causal_lm(tiny_llama), trainable=TopLayers(layers=1), critic=ValueHead())
+    engine = NativeEngine(policy.engine_model, eos_ids=[])
+    before = engine.generate(requests(), Sampling(max_new_tokens=8))
+    with torch.no_grad():
+        for parameter in policy.parameter_groups()[0]["params"]:
+            parameter += 0.1
+    same(engine.generate(requests(), Sampling(max_new_tokens=8)), before)  # not published: the old weights sample
+    engine.begin()
+    engine.load(policy.published())
+    with pytest.raises(HeelerError, match="middle of a publish"):
+        engine.generate(requests(), Sampling(max_new_tokens=8))
+    engine.commit(7)
+    after = engine.generate(requests(), Sampling(max_new_tokens=8))
+    assert after[0].version == 7
+    same(after, NativeEngine(policy.export_model(), eos_ids=[]).generate(requests(), Sampling(max_new_tokens=8)))
+    assert any(not torch.allclose(a.logprobs[:1], b.logprobs[:1]) for a, b in zip(after, before, strict=True))
+
+
+def test_unknown_weights_are_refused(tiny_llama: str) -> None:
+    engine = NativeEngine(load_causal_lm(tiny_llama), eos_ids=[])
+    with pytest.raises(HeelerError, match="outside a publish"):
+        engine.load([("model.norm.weight", torch.ones(32))])
+    engine.begin()
+    with pytest.raises(HeelerError, match="no weight nonsense"):
+        engine.load([("nonsense", torch.ones(1))])
+
+
+def test_the_draw_follows_the_distribution() -> None:
+    """Pearson's statistic of 20,000 draws over 6 tokens, and no draw of an impossible token."""
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, -torch.inf])
+    u = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    tokens, logprobs = sample(logits.expand(20_000, 6), u, 1.0)
+    expected = logits.softmax(-1)[:5] * 20_000
+    counts = torch.bincount(tokens, minlength=6)
+    assert int(counts[5]) == 0
+    assert float(((counts[:5] - expected) ** 2 / expected).sum()) < 18.5  # 0.1 % quantile at 4 degrees of freedom
+    torch.testing.assert_close(logprobs, logits.log_softmax(-1)[tokens])
+
+
+def test_updates_walk_through_every_prompt_once_an_epoch() -> None:
+    seen = [p for step in range(5) for p in prompts_of_update(10, 4, step, seed=3)]
+    assert sorted(seen[:10]) == list(range(10)) and sorted(seen[10:]) == list(range(10))
+    assert seen[:10] != seen[10:]
+
+
+def test_a_prompt_that_repeats_in_an_update_is_sampled_anew(tiny_llama: str) -> None:
+    from heeler.data.prompts import load_prompts
+    from heeler.policies.loading import load_tokenizer
+    from heeler.rollout.text import TextCollector
+    from heeler.runtime.reduce import LocalReduce
+
+    tokenizer = load_tokenizer(tiny_llama)
+    collector = TextCollector(
+        NativeEngine(load_causal_lm(tiny_llama), eos_ids=[]), tokenizer, load_prompts(["a"], tokenizer, max_tokens=None),
+        Sampling(max_new_tokens=12), prompts_per_update=4, samples_per_prompt=2, seed=0, reduce=LocalReduce(),
+        device=torch.device("cpu"),
+    )  # fmt: skip
+    rollout = collector.collect(0)
+    assert rollout.sample_ids.tolist() == list(range(8))
+    assert len({tuple(row.tolist()) for row in rollout.actions.reshape(8, 12)}) == 8
+    assert torch.equal(collector.collect(0).actions, rollout.actions)
+    assert not torch.equal(collector.collect(1).actions, rollout.actions)

@@ -1,0 +1,213 @@
+"""Bad input gets one sentence and exit status 2, without a traceback, and nothing is lost."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from heeler.cli import main
+from heeler.data.prompts import load_prompts
+from heeler.policies.loading import load_tokenizer
+from heeler.rewards.functions import FunctionReward, load_function
+from heeler.runtime.packages import require
+from heeler.runtime.runs import RunFolder
+from heeler.types import HeelerError
+
+REWARDS = """
+import math
+def good(prompts, completions, **columns): return [float(len(c)) for c in completions]
+def short(prompts, completions, **columns): return [1.0]
+def nan(prompts, completions, **columns): return [math.nan] * len(prompts)
+def text(prompts, completions, **columns): return ["good"] * len(prompts)
+def string(prompts, completions, **columns): return "good"
+def nothing(prompts, completions, **columns): return None
+def raises(prompts, completions, **columns): return [1 / 0 for c in completions]
+def strict(prompts, completions): return [0.0] * len(prompts)
+"""
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my_rewards.py").write_text(REWARDS)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "ab"}\n{"prompt": "cd"}\n')
+    return tmp_path
+
+
+def run(
+    capsys: pytest.CaptureFixture[str],
+    model: str,
+    *flags: str,
+    prompts: str = "prompts.jsonl",
+    reward: str = "my_rewards:good",
+) -> str:
+    """Run `heeler ppo lm`, which must fail with status 2; returns the sentence."""
+    words = [
+        "ppo", "lm", "--model", model, "--prompts", prompts, "--reward", reward, "--out", "run", "--updates", "2",
+        "--prompts-per-update", "4", "--sampling.max-new-tokens", "4", "--threads", "1", "--precision", "fp32",
+        "trainable:top-layers", "--trainable.layers", "1",
+    ]  # fmt: skip
+    status = main([*words[:17], *flags, *words[17:]])
+    error = capsys.readouterr().err
+    assert status == 2
+    sentences = [line for line in error.splitlines() if line.startswith("heeler: ")]
+    assert len(sentences) == 1 and "Traceback" not in error
+    return sentences[0]
+
+
+@pytest.mark.parametrize(
+    ("reward", "says"),
+    [
+        ("my_rewards:short", "returned 1 values for 4 completions"),
+        ("my_rewards:nan", "returned nan for completion 1 of 4"),
+        ("my_rewards:text", "returned 'good' for completion 1"),
+        ("my_rewards:string", "returned str: it must return a list"),
+        ("my_rewards:nothing", "returned NoneType: it must return a list"),
+        ("my_rewards:raises", r"raised ZeroDivisionError: division by zero (my_rewards.py, line 8)"),
+        ("my_rewards:absent", "has no function 'absent'"),
+        ("no_such_module:f", "there is no module 'no_such_module'"),
+        ("nonsense", "does not name a function"),
+        ("", "no reward was given"),
+    ],
+)
+def test_rewards(workplace: Path, tiny_llama: str, capsys: pytest.CaptureFixture[str], reward: str, says: str) -> None:
+    sentence = run(capsys, tiny_llama, reward=reward)
+    assert says in sentence
+    if "completion" in says or "raised" in says or "returned" in says:  # the run had begun: it says how to go on
+        assert "heeler resume run" in sentence
+        assert RunFolder.open("run").last_checkpoint() == 0
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ('{"prompt": "ab"}\n{"prompt": \n', "prompts.jsonl, line 2: broken JSON"),
+        ('{"prompt": "ab"}\n\n{"prompt": "  "}\n', "prompt 2: the prompt is empty"),
+        ('{"prompt": ""}\n', "prompt 1: the prompt is empty"),
+        ('{"text": "ab"}\n', 'there is no "prompt" key (found text)'),
+        ('["ab"]\n', "line 1: expected an object"),
+        ('{"prompt": "ab", "answer": 1}\n{"prompt": "ab"}\n', "prompt 2: its columns (prompt) differ"),
+        ('{"prompt": 7}\n', "a prompt is a string or a list of messages"),
+        ('{"prompt": [{"role": "user", "content": "hi"}]}\n', "the tokenizer has no chat template"),
+        ("", "no prompts in it"),
+        (json.dumps({"prompt": "x" * 70}) + "\n", "70 tokens, but the model's context leaves room for 60"),
+    ],
+)
+def test_prompts(workplace: Path, tiny_llama: str, capsys: pytest.CaptureFixture[str], lines: str, says: str) -> None:
+    (workplace / "prompts.jsonl").write_text(lines)
+    assert says in run(capsys, tiny_llama)
+    assert not (workplace / "run").exists()
+
+
+def test_files_and_models_that_are_not_there(
+    workplace: Path, tiny_llama: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "there is no file absent.jsonl" in run(capsys, tiny_llama, prompts="absent.jsonl")
+    sentence = run(capsys, "./no-such-model")
+    assert "cannot load the tokenizer './no-such-model': there is no such folder" in sentence
+    (workplace / "broken").mkdir()
+    (workplace / "broken" / "config.json").write_text("{}")
+    assert "the folder exists, but transformers could not read it" in run(capsys, "broken")
+
+
+def test_a_run_folder_that_exists(workplace: Path, tiny_llama: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (workplace / "run").mkdir()
+    (workplace / "run" / "metrics.jsonl").write_text("precious\n")
+    assert "run exists already: choose another --out" in run(capsys, tiny_llama)
+    assert (workplace / "run" / "metrics.jsonl").read_text() == "precious\n"
+
+
+def test_verbs_and_recipes(capsys: pytest.CaptureFixture[str], workplace: Path) -> None:
+    for words, says in (
+        (["pop"], "there is no verb 'pop', did you mean ppo?"),
+        (["ppo", "imbd"], "there is no recipe 'imbd' for heeler ppo, did you mean imdb?"),
+        (["resume", "nowhere"], "nowhere is no run folder"),
+        (["resume"], "needs a run folder"),
+        (["eval", "nowhere"], "nowhere is no run folder"),
+        (["sample", "nowhere", "--prompt", "a"], "cannot load the tokenizer 'nowhere'"),
+    ):
+        assert main(words) == 2
+        error = capsys.readouterr().err
+        assert says in error and error.count("\n") == 1
+
+
+def test_a_config_of_another_version(workplace: Path, tiny_llama: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (workplace / "run").mkdir()
+    config = {"config": {"type": "TextConfig", "model": tiny_llama, "colour": 3}, "resolved": {"precision": "fp32"}}
+    (workplace / "run" / "config.json").write_text(json.dumps(config))
+    assert main(["resume", "run"]) == 2
+    assert "TextConfig has no setting 'colour'" in capsys.readouterr().err
+
+
+def test_a_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("heeler.runtime.packages.find_spec", lambda name: None)
+    with pytest.raises(HeelerError, match=r"needs the package peft.*pip install 'heeler\[lora\]'"):
+        require("peft", "lora")
+
+
+def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = RunFolder.create(tmp_path / "run")
+    folder.save_checkpoint(1, {"weights": {"w": torch.ones(3)}})
+
+    def full(state: Any, path: Path) -> None:
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(HeelerError, match="No space left on device; the checkpoint of update 1 stays; free some"):
+            folder.save_checkpoint(2, {"weights": {}})
+    assert folder.checkpoint_steps() == [1]
+    assert torch.equal(folder.load_checkpoint(1)["weights"]["w"], torch.ones(3))
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000001"]
+    folder.save_checkpoint(3, {"weights": {}})
+    assert folder.checkpoint_steps() == [3]
+
+
+def test_a_checkpoint_cut_in_half(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run")
+    path = folder.save_checkpoint(1, {"weights": {"w": torch.ones(1000)}}) / "state.pt"
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(HeelerError, match="cannot be read"):
+        folder.load_checkpoint(1)
+
+
+def test_a_tokenizer_whose_pad_is_its_end(tiny_llama: str) -> None:
+    """pad == eos must not hide the real end: Heeler never looks at pads."""
+    tokenizer = load_tokenizer(tiny_llama)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == 0
+    prompts = load_prompts(["abc"], tokenizer, max_tokens=None)
+    assert prompts.tokens == [tokenizer("abc")["input_ids"]]
+
+
+def test_reward_functions_of_trl_run_unchanged() -> None:
+    """Keywords, columns as lists, **kwargs, chat completions as messages, a list of ints or a tensor as answer."""
+    seen: dict[str, Any] = {}
+
+    def reward_func(completions: Any, answer: Any, **kwargs: Any) -> Any:
+        seen.update(completions=completions, answer=answer, others=sorted(kwargs))
+        return [1, 0]
+
+    chat = [{"role": "user", "content": "2 + 2?"}]
+    output = FunctionReward(reward_func, "f")(
+        prompts=["a", chat], completions=["b", "4"], columns={"answer": ["x", "4"], "level": [1, 2]}
+    )
+    assert output.scores.tolist() == [1.0, 0.0]
+    assert seen["completions"] == ["b", [{"role": "assistant", "content": "4"}]]
+    assert seen["answer"] == ["x", "4"] and seen["others"] == ["level", "prompts"]
+    tensor = FunctionReward(lambda prompts, completions: torch.tensor([0.5]), "g")
+    assert tensor(prompts=["a"], completions=["b"], columns={}).scores.tolist() == [0.5]
+
+
+def test_a_module_that_cannot_be_imported(workplace: Path) -> None:
+    (workplace / "crooked.py").write_text("x = 1 / 0\n")
+    (workplace / "needy.py").write_text("import not_a_package\n")
+    with pytest.raises(HeelerError, match=r"'crooked' cannot be imported: ZeroDivisionError: .*crooked.py, line 1"):
+        load_function("crooked:f")
+    with pytest.raises(HeelerError, match="'needy' needs 'not_a_package', which is not installed"):
+        load_function("needy:f")

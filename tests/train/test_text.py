@@ -1,0 +1,273 @@
+"""Runs through the public door: the run folder, resume, callbacks, evaluation, and the checks that stop a run."""
+
+from __future__ import annotations
+
+import json
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from heeler import (
+    AdaptiveKL,
+    CheckFailed,
+    Full,
+    HeelerError,
+    LoRA,
+    PPOConfig,
+    Sampling,
+    SeparateCritic,
+    TextConfig,
+    TopLayers,
+    load_text_run,
+    resume_text,
+    train_text,
+)
+from heeler.train.ppo import UpdateReport
+from heeler.train.text import build_text_run
+
+PROMPTS = ["ab", "c", "defgh", "xyz z"]
+CONTRACT = {
+    "step", "decisions", "episodes", "seconds", "decisions_per_second", "reward/mean", "reward/std", "kl/ref",
+    "kl/old_new", "policy/loss", "policy/clip_fraction", "policy/ratio_max", "policy/entropy", "value/loss",
+    "value/explained_variance", "grad_norm", "lr", "completion/length", "completion/truncated_fraction",
+    "engine/logprob_gap", "time/rollout", "time/score", "time/update",
+}  # fmt: skip
+
+
+def vowels(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+    return [sum(c in "aeiou" for c in text) + 0.01 * len(text) for text in completions]
+
+
+def small(model: str, out: Path, **changes: Any) -> TextConfig:
+    base = TextConfig(
+        model=model, out=str(out), updates=4, prompts_per_update=8, sampling=Sampling(max_new_tokens=6),
+        trainable=TopLayers(layers=1), lr=1e-2, threads=1, precision="fp32", checkpoint_every=2,
+        ppo=PPOConfig(epochs=2, minibatches=2),
+    )  # fmt: skip
+    return replace(base, **changes)
+
+
+def numbers(folder: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl without what a clock decides."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    clock = ("seconds", "decisions_per_second")
+    return [{k: v for k, v in row.items() if not k.startswith("time/") and k not in clock} for row in rows]
+
+
+def test_the_run_folder_is_the_contract(tiny_llama: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run = train_text(
+        small(tiny_llama, out), prompts=PROMPTS, eval_prompts=PROMPTS[:2], reward=vowels, show=False,
+        extra={"recipe": {"a": 1}},
+    )  # fmt: skip
+    rows = numbers(out)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert set(json.loads((out / "metrics.jsonl").read_text().splitlines()[0])) >= CONTRACT
+    assert rows[-1]["episodes"] == 32 and rows[-1]["decisions"] <= 32 * 6
+    assert rows[0]["kl/ref"] == pytest.approx(0, abs=1e-4) and rows[0]["engine/logprob_gap"] < 1e-4
+
+    summary = json.loads((out / "summary.json").read_text())
+    wanted = {"reward", "perplexity", "distinct_2", "duplicates", "length", "kl/ref"}
+    assert wanted <= summary["eval/before"].keys() and wanted <= summary["eval/after"].keys()
+    assert summary["recipe"] == {"a": 1} and summary["reward/mean"] == rows[-1]["reward/mean"]
+    assert summary["eval/before"]["kl/ref"] == pytest.approx(0, abs=1e-3)
+    assert set(summary["eval/examples"][0]) >= {"prompt", "before", "after"}
+
+    config = json.loads((out / "config.json").read_text())
+    assert config["config"]["trainable"] == {"type": "TopLayers", "layers": 1}
+    assert config["resolved"]["precision"] == "fp32" and config["resolved"]["threads"] == 1
+    samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert set(samples[0]) == {"update", "prompt", "completion", "reward"} and len(samples) == 16
+    assert list(out.glob("events.out.tfevents.*"))
+    assert (out / "critic" / "critic.safetensors").exists()
+
+    plain = AutoModelForCausalLM.from_pretrained(out / "policy")
+    tokenizer = AutoTokenizer.from_pretrained(out / "policy")
+    ids = tokenizer("ab", return_tensors="pt")["input_ids"]
+    with torch.no_grad():
+        torch.testing.assert_close(plain(ids).logits, run.policy.model(ids).logits)
+    assert run.sample("ab", "c") == run.sample("ab", "c")
+
+
+def test_lora_is_exported_merged_with_the_adapter_beside_it(tiny_llama: str, tmp_path: Path) -> None:
+    run = train_text(
+        small(tiny_llama, tmp_path / "run", trainable=LoRA(rank=2)), prompts=PROMPTS, reward=vowels, show=False
+    )
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "policy")
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        mine = run.policy.model(ids).logits
+        torch.testing.assert_close(plain(ids).logits, mine, atol=1e-4, rtol=1e-4)
+        assert not torch.allclose(AutoModelForCausalLM.from_pretrained(tiny_llama)(ids).logits, mine, atol=1e-3)
+    assert (tmp_path / "run" / "policy" / "adapter" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"trainable": Full(), "critic": SeparateCritic(), "kl": AdaptiveKL(target=0.5, horizon=50)},
+        {"trainable": LoRA(rank=2)},
+    ],
+    ids=["top", "full", "lora"],
+)
+def test_resume_equals_uninterrupted(tiny_llama: str, tmp_path: Path, changes: dict[str, Any]) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    straight = train_text(small(tiny_llama, whole, **changes), prompts=PROMPTS, reward=vowels, show=False)
+
+    def stop(report: UpdateReport) -> None:
+        if report.metrics["step"] == 3:  # after the checkpoint of update 2: update 3 is done again
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_text(small(tiny_llama, parts, **changes), prompts=PROMPTS, reward=vowels, on_update=stop, show=False)
+    resumed = resume_text(parts, prompts=PROMPTS, reward=vowels, show=False)
+    assert numbers(parts) == numbers(whole)
+    for name, tensor in straight.policy.state_dict().items():
+        assert torch.equal(tensor, resumed.policy.state_dict()[name]), name
+    with pytest.raises(HeelerError, match="is complete"):
+        resume_text(parts, prompts=PROMPTS, reward=vowels, show=False)
+    assert resume_text(parts, prompts=PROMPTS, reward=vowels, updates=5, show=False).state.step == 5
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tiny_llama: str, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train_text(small(tiny_llama, tmp_path / name, seed=seed), prompts=PROMPTS, reward=vowels, show=False)
+    assert numbers(tmp_path / "a") == numbers(tmp_path / "b") != numbers(tmp_path / "c")
+
+
+def test_engines_and_kept_states_do_not_change_a_run(tiny_llama: str, tmp_path: Path) -> None:
+    """The native engine with and without the trunk's states, and transformers' generate, train the same policy."""
+    for name, changes in (("kept", {}), ("fresh", {"reuse_trunk_states": False}), ("hf", {"engine": "hf"})):
+        train_text(small(tiny_llama, tmp_path / name, updates=2, **changes), prompts=PROMPTS, reward=vowels, show=False)
+    kept = numbers(tmp_path / "kept")
+    for other in ("fresh", "hf"):
+        for a, b in zip(kept, numbers(tmp_path / other), strict=True):
+            for key, value in a.items():
+                assert b[key] == pytest.approx(value, rel=2e-2, abs=2e-3), (other, key)
+
+
+def test_the_token_budget_does_not_change_a_run(tiny_llama: str, tmp_path: Path) -> None:
+    for name, budget in (("one", 10_000), ("many", 20)):
+        ppo = PPOConfig(epochs=2, minibatches=2, token_budget=budget)
+        train_text(small(tiny_llama, tmp_path / name, updates=2, ppo=ppo), prompts=PROMPTS, reward=vowels, show=False)
+    for a, b in zip(numbers(tmp_path / "one"), numbers(tmp_path / "many"), strict=True):
+        for key, value in a.items():
+            assert b[key] == pytest.approx(value, rel=1e-2, abs=1e-3), key
+
+
+@pytest.mark.parametrize("truncation", ["terminal", "bootstrap", "drop"])
+def test_truncation(tiny_llama: str, tmp_path: Path, truncation: Any) -> None:
+    """Nearly every completion is cut at six tokens; with `drop` there is then hardly anything to learn from."""
+    config = small(tiny_llama, tmp_path / "run", truncation=truncation, updates=1)
+    scored: list[UpdateReport] = []
+    train_text(config, prompts=PROMPTS, reward=vowels, on_update=scored.append, show=False)
+    rollout, result = scored[0].scored.rollout, scored[0].scored
+    cut = rollout.truncated
+    assert bool(cut.any())
+    last = result.rewards[rollout.offsets[1:] - 1]
+    if truncation == "bootstrap":
+        torch.testing.assert_close(last[cut], torch.zeros_like(last[cut]), atol=1e-4, rtol=0)
+    else:
+        torch.testing.assert_close(last, result.scores, atol=1e-4, rtol=0)
+        assert float(result.bootstrap.abs().max()) == 0
+    dropped = torch.repeat_interleave(cut, rollout.offsets.diff())
+    assert bool((result.policy_weights[dropped] == (0 if truncation == "drop" else 1)).all())
+
+
+def test_callbacks_periodic_evaluation_and_the_best_policy(tiny_llama: str, tmp_path: Path) -> None:
+    seen: list[float] = []
+    run = train_text(
+        small(tiny_llama, tmp_path / "run", eval_every=1), prompts=PROMPTS, eval_prompts=PROMPTS, reward=vowels,
+        on_update=lambda report: seen.append(report.metrics["reward/mean"]), show=False,
+    )  # fmt: skip
+    rows = numbers(tmp_path / "run")
+    evaluated = {row["step"]: row["eval/reward"] for row in rows if "eval/reward" in row}
+    assert len(seen) == 4 and len(evaluated) == 4
+    best = run.summary["best"]
+    assert best["reward"] == max(evaluated.values()) and evaluated[best["step"]] == best["reward"]
+    assert (tmp_path / "run" / "best" / "policy" / "config.json").exists()
+    assert best["step"] in [int(p.name.split("-")[1]) for p in (tmp_path / "run" / "checkpoints").iterdir()]
+
+
+def test_per_token_rewards_and_columns_arrive(tiny_llama: str, tmp_path: Path) -> None:
+    got: dict[str, Any] = {}
+
+    def reward(prompts: list[str], completions: list[str], answer: list[str], **columns: Any) -> list[list[float]]:
+        got.update(answer=answer, prompts=prompts, **columns)
+        return [[1.0] * 6 for _ in completions]
+
+    rows = [{"prompt": p, "answer": p.upper(), "level": i} for i, p in enumerate(PROMPTS)]
+    config = small(tiny_llama, tmp_path / "run", updates=1, sampling=Sampling(max_new_tokens=6, temperature=1.0))
+    try:
+        run = train_text(config, prompts=rows, reward=reward, show=False)
+        assert numbers(tmp_path / "run")[0]["reward/mean"] == pytest.approx(6.0)
+        assert run.state.step == 1
+    except HeelerError as error:  # a completion ended early: then the sentence must say which and how long it is
+        assert "token rewards for completion" in str(error)
+    assert got["answer"] == [p.upper() for p in got["prompts"]] and len(got["level"]) == 8
+
+
+def test_ctrl_c_saves_and_says_how_to_resume(tiny_llama: str, tmp_path: Path) -> None:
+    def interrupt(report: UpdateReport) -> None:
+        if report.metrics["step"] == 1:
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt, match="heeler resume"):
+        train_text(small(tiny_llama, tmp_path / "run"), prompts=PROMPTS, reward=vowels, on_update=interrupt, show=False)
+    assert load_text_run(tmp_path / "run", prompts=PROMPTS, reward=vowels).state.step == 1
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["updates"] == 1
+
+
+def test_a_stale_engine_stops_the_run(tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from heeler.rollout.engines.weights import WeightReceiver
+
+    monkeypatch.setattr(WeightReceiver, "load", lambda self, bucket: None)
+    with pytest.raises(CheckFailed, match="engine and trainer differ"):
+        train_text(small(tiny_llama, tmp_path / "run"), prompts=PROMPTS, reward=vowels, show=False)
+
+
+def test_a_reference_that_is_another_model_stops_the_run(
+    tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from heeler.train import text
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        run = build_text_run(*args, **kwargs)
+        with torch.no_grad():
+            for parameter in run.policy.reference_top.layers.parameters():
+                parameter += 0.05
+        return run
+
+    monkeypatch.setattr(text, "build_text_run", build)
+    with pytest.raises(CheckFailed, match="policy and reference differ"):
+        train_text(small(tiny_llama, tmp_path / "run"), prompts=PROMPTS, reward=vowels, show=False)
+
+
+def test_a_nan_in_the_weights_stops_the_run(tiny_llama: str, tmp_path: Path) -> None:
+    def poison(report: UpdateReport) -> None:
+        with torch.no_grad():
+            run_policy["policy"].parameter_groups()[0]["params"][0].fill_(float("nan"))
+
+    run_policy: dict[str, Any] = {}
+    original = build_text_run
+
+    def build(*args: Any, **kwargs: Any) -> Any:
+        run = original(*args, **kwargs)
+        run_policy["policy"] = run.policy
+        return run
+
+    from heeler.train import text
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "build_text_run", build)
+        with pytest.raises(CheckFailed, match=r"not finite|differ by nan"):
+            train_text(
+                small(tiny_llama, tmp_path / "run"), prompts=PROMPTS, reward=vowels, on_update=poison, show=False
+            )
+    assert (tmp_path / "run" / "checkpoints").is_dir()
