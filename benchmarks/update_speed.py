@@ -218,7 +218,7 @@ def trl_python() -> str:
         shutil.rmtree(folder, ignore_errors=True)
         subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
         for package in (f"torch=={TORCH}", f"trl=={TRL}"):  # torch first, so that TRL does not choose another one
-            install = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", package]
+            install = [str(python), "-m", "pip", "install", "-qq", "--disable-pip-version-check", package]
             subprocess.run(install, check=True)
         (folder / ".installed").touch()
     return str(python)
@@ -310,7 +310,7 @@ def report(
             ("--skip-trl", arguments.skip_trl),
             (f"--rounds {arguments.rounds}", arguments.rounds != 2),
             (f"--threads {arguments.threads}", arguments.threads != cores()),
-            (f"--trl-rows {' '.join(map(str, arguments.trl_rows))}", arguments.trl_rows != [16, 64]),
+            (f"--trl-rows {' '.join(map(str, arguments.trl_rows))}", arguments.trl_rows != [16, 32]),
         )
         if given
     )
@@ -374,7 +374,15 @@ def measure(arguments: argparse.Namespace) -> str:
             for system in (*chosen, *HEELER):
                 script = str(Path(__file__).resolve().with_name("trl_update.py"))
                 command = [peer_python, script] if system.rows else this_script("heeler")
-                result = in_process(command, common | vars(system))
+                try:
+                    result = in_process(command, common | vars(system))
+                except SystemExit as error:
+                    if system not in peers or len(peers) == 1:
+                        raise
+                    print(f"left out: {system.name}: {str(error).splitlines()[-1]}", flush=True)  # out of memory?
+                    peers.remove(system)
+                    results.pop(system.key)
+                    continue
                 results[system.key].append(result)
                 seconds = ", ".join(f"{s:.2f}" for s in result["seconds"])
                 print(f"round {number + 1}, ({system.key[0]}) {system.name}: {seconds} s", flush=True)
@@ -399,7 +407,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2, help="how often each system runs (2)")
     parser.add_argument("--threads", type=int, default=cores(), help="CPU threads of each system (all)")
     parser.add_argument(
-        "--trl-rows", type=int, nargs="+", default=[16, 64], help="rows in one pass of TRL: the fastest counts (16 64)"
+        "--trl-rows", type=int, nargs="+", default=[16, 32], help="rows in one pass of TRL: the fastest counts (16 32)"
     )
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)  # a trial of this script
     parser.add_argument("--child", choices=("prepare", "heeler"), help=argparse.SUPPRESS)

@@ -365,8 +365,8 @@ def check_paths(gap: torch.Tensor, from_reference: torch.Tensor, step: int, tole
     if mean_gap > tolerance:
         raise CheckFailed(
             f"engine and trainer differ by {mean_gap:.2g} nats a token (tolerance {tolerance:g}) at update {step + 1}"
-            ": the engine samples other weights or another distribution than the trainer scores; look at publish, at the"
-            " temperature, and at the precision of both"
+            ": the engine samples other weights or another distribution than the trainer scores; look at publish, at"
+            " the temperature, and at the precision of both"
         )
     if step == 0 and float(from_reference.abs().mean()) > tolerance:
         raise CheckFailed(

@@ -1,0 +1,170 @@
+"""The results of the demo over several seeds: docs/results.md, its picture and its raw figures.
+
+    python benchmarks/imdb_results.py [--seeds 1 2 3] [--runs runs/results] [--collect-only]
+
+Each seed is one `heeler ppo imdb --seed S`, one after the other, with the cached reward model. Runs that are complete
+are not repeated, so the command can be continued.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+FIGURES = (
+    ("reward", "reward: probability of positive"),
+    ("judge", "judge: VADER, -1 to 1"),
+    ("judge_words", "judge: bag of words on other reviews, probability"),
+    ("perplexity", "perplexity under the reference"),
+    ("distinct_2", "distinct_2, all completions together"),
+    ("distinct_2_within", "distinct_2 within a completion, mean"),
+    ("duplicates", "duplicates"),
+    ("length", "length, tokens"),
+    ("kl/ref", "KL to the reference, nats a sequence"),
+)
+
+
+def hardware() -> str:
+    """Processor, cores, and whether it multiplies bf16 in hardware."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor() or platform.machine()
+    lines = info.read_text().splitlines()
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    flags = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
+    cores = sum(line.startswith("processor") for line in lines)
+    features = [f"{'with' if flag in flags else 'without'} {flag}" for flag in ("avx512f", "avx512_bf16", "amx_bf16")]
+    return f"{name}, {cores} cores, {', '.join(features)}"
+
+
+def spread(values: list[float]) -> str:
+    return f"{mean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
+
+
+def table(summaries: list[dict[str, Any]]) -> list[str]:
+    lines = ["| figure | before | after | change |", "|---|---|---|---|"]
+    for key, title in FIGURES:
+        before = [s["eval/before"][key] for s in summaries]
+        after = [s["eval/after"][key] for s in summaries]
+        change = [b - a for a, b in zip(before, after, strict=True)]
+        lines.append(f"| {title} | {spread(before)} | {spread(after)} | {spread(change)} |")
+    return lines
+
+
+def seeds_table(seeds: list[int], runs: list[tuple[dict[str, Any], list[dict[str, Any]]]]) -> list[str]:
+    lines = [
+        "| seed | reward | VADER | distinct_2, share of the start | duplicates | KL | seconds of PPO | seconds an update"
+        " (rollout / score / update) | peak GiB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for seed, (s, rows) in zip(seeds, runs, strict=True):
+        b, a = s["eval/before"], s["eval/after"]
+        parts = [mean(r[f"time/{part}"] for r in rows) for part in ("rollout", "score", "update")]
+        lines.append(
+            f"| {seed} | {b['reward']:.3f} -> {a['reward']:.3f} | {b['judge']:.3f} -> {a['judge']:.3f}"
+            f" | {a['distinct_2'] / b['distinct_2']:.2f} | {b['duplicates']:.3f} -> {a['duplicates']:.3f}"
+            f" | {a['kl/ref']:.2f} | {s['seconds/ppo']:.0f} | {sum(parts):.1f} ({parts[0]:.1f} / {parts[1]:.1f} /"
+            f" {parts[2]:.1f}) | {s['peak_memory_gib']:.2f} |"
+        )
+    return lines
+
+
+def examples(summary: dict[str, Any], count: int = 4) -> list[str]:
+    lines = ["| prompt | before | after |", "|---|---|---|"]
+    for e in summary["eval/examples"][:count]:
+        cells = [
+            " ".join(str(e[k]).split()).replace("|", "\\|") + (f" [{e[f'reward/{k}']:.2f}]" if k != "prompt" else "")
+            for k in ("prompt", "before", "after")
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def picture(seeds: list[int], runs: list[list[dict[str, Any]]], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for seed, rows in zip(seeds, runs, strict=True):
+        steps = [r["step"] for r in rows]
+        axes[0].plot(steps, [r["reward/probability"] for r in rows], marker=".", label=f"seed {seed}")
+        axes[1].plot(steps, [r["kl/ref"] for r in rows], marker=".", label=f"seed {seed}")
+    axes[0].set(title="Reward of the rollouts: probability of positive", xlabel="PPO update", ylim=(0.4, 1.0))
+    axes[1].set(title="KL to the reference, nats a sequence", xlabel="PPO update")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.legend()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "results")
+    parser.add_argument("--collect-only", action="store_true")
+    arguments = parser.parse_args()
+    folders = [arguments.runs / f"seed-{seed}" for seed in arguments.seeds]
+    for seed, folder in zip(arguments.seeds, folders, strict=True):
+        if not arguments.collect_only and not (folder / "policy").exists():
+            command = [sys.executable, "-m", "heeler.cli", "ppo", "imdb", "--seed", str(seed), "--out", str(folder)]
+            subprocess.run(command, check=True, cwd=ROOT)
+    summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
+    metrics = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in folders
+    ]
+    config = json.loads((folders[0] / "config.json").read_text())
+    reward_model = summaries[0]["reward_model"]
+    lines = [
+        "# Results",
+        "",
+        "Made by `make results` (`python benchmarks/imdb_results.py`); nothing on this page is typed in by hand.",
+        "",
+        f"Hardware: {hardware()}. torch {config['resolved']['torch']}. {config['resolved']['notes'][0]}.",
+        "",
+        "## Movie reviews: `heeler ppo imdb`",
+        "",
+        f"SmolLM2-135M-Instruct continues the first 8 words of reviews with 24 tokens."
+        f" {config['resolved']['notes'][1]}; {config['config']['prompts_per_update']} prompts an update,"
+        f" {summaries[0]['updates']} updates, {config['config']['ppo']['epochs']} epoch(s) of"
+        f" {config['config']['ppo']['minibatches']} minibatches, KL coefficient {config['config']['kl']['coef']}."
+        f" Means over 256 held-out prompts, ± over {len(folders)} seeds; the same prompts before and after.",
+        "",
+        *table(summaries),
+        "",
+        *seeds_table(arguments.seeds, list(zip(summaries, metrics, strict=True))),
+        "",
+        "![Reward and KL over the updates](images/imdb_curve.png)",
+        "",
+        f"Continuations of seed {arguments.seeds[0]}, the first prompts of the held-out set, with the reward model's"
+        " probability of positive:",
+        "",
+        *examples(summaries[0]),
+        "",
+        "### The reward model",
+        "",
+        f"MiniLM-L6, {reward_model['config']['tokens']:,} tokens of training in {reward_model['seconds']:.0f} s"
+        f" ({reward_model['steps']} steps). Share of right labels on held-out reviews:",
+        "",
+        "| test | accuracy | log loss |",
+        "|---|---|---|",
+        *[f"| {k} | {v['accuracy']:.1%} | {v['log_loss']:.3f} |" for k, v in reward_model["figures"].items()],
+        "",
+    ]
+    (ROOT / "docs" / "results.md").write_text("\n".join(lines), encoding="utf-8")
+    picture(arguments.seeds, metrics, ROOT / "docs" / "images" / "imdb_curve.png")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
