@@ -1,9 +1,11 @@
 """The results of the demo over several seeds: docs/results.md, its picture and its raw figures.
 
-    python benchmarks/imdb_results.py [--seeds 1 2 3] [--runs runs/results] [--collect-only]
+    python benchmarks/imdb_results.py [--seeds 1 2 3] [--updates 45] [--parallel 2] [--demo RUN] [--collect-only]
 
-Each seed is one `heeler ppo imdb --seed S`, one after the other, with the cached reward model. Runs that are complete
-are not repeated, so the command can be continued.
+Each seed is one `heeler ppo imdb --seed S --updates N --threads 1` with the cached reward model, as many side by side
+as there are cores: that trains more seeds an hour than one after the other with all threads. Runs that are complete
+are not repeated, so the command can be continued. `--demo` adds the run folder of a `make demo` as a table of its own:
+its times are those of the demo, on all cores.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ def table(summaries: list[dict[str, Any]]) -> list[str]:
 
 def seeds_table(seeds: list[int], runs: list[tuple[dict[str, Any], list[dict[str, Any]]]]) -> list[str]:
     lines = [
-        "| seed | reward | VADER | distinct_2, share of the start | duplicates | KL | seconds of PPO | seconds an update"
+        "| seed | reward | VADER | distinct_2, share of start | duplicates | KL | seconds of PPO | seconds an update"
         " (rollout / score / update) | peak GiB |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
@@ -81,7 +83,7 @@ def examples(summary: dict[str, Any], count: int = 4) -> list[str]:
     lines = ["| prompt | before | after |", "|---|---|---|"]
     for e in summary["eval/examples"][:count]:
         cells = [
-            " ".join(str(e[k]).split()).replace("|", "\\|") + (f" [{e[f'reward/{k}']:.2f}]" if k != "prompt" else "")
+            " ".join(str(e[k]).split()).replace("|", "\\|") + ("" if k == "prompt" else f" [{e[f'reward/{k}']:.2f}]")
             for k in ("prompt", "before", "after")
         ]
         lines.append("| " + " | ".join(cells) + " |")
@@ -108,21 +110,61 @@ def picture(seeds: list[int], runs: list[list[dict[str, Any]]], file: Path) -> N
     figure.savefig(file, dpi=110)
 
 
+def train(seeds: list[int], folders: list[Path], updates: int, parallel: int) -> None:
+    """The missing runs, `parallel` at a time, the output of each beside its folder."""
+    from heeler.recipes.imdb import imdb_reward_model
+
+    imdb_reward_model()
+    missing = [(s, f) for s, f in zip(seeds, folders, strict=True) if not (f / "policy").exists()]
+    for start in range(0, len(missing), parallel):
+        processes: list[subprocess.Popen[bytes]] = []
+        for seed, folder in missing[start : start + parallel]:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            command = [sys.executable, "-m", "heeler.cli", "ppo", "imdb", "--seed", str(seed), "--out", str(folder)]
+            command += ["--updates", str(updates), *(["--threads", "1"] if parallel > 1 else [])]
+            with folder.with_suffix(".log").open("wb") as log:
+                processes.append(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT))
+        for process in processes:
+            if process.wait():
+                sys.exit(f"a run failed: see {arguments_of(process)}")
+
+
+def arguments_of(process: subprocess.Popen[bytes]) -> str:
+    return " ".join(str(word) for word in process.args)  # pyright: ignore
+
+
+def demo_section(folder: Path) -> list[str]:
+    """The figures and times of one `make demo`."""
+    summary = json.loads((folder / "summary.json").read_text())
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    config = json.loads((folder / "config.json").read_text())
+    return [
+        "## One `make demo` on this machine",
+        "",
+        f"{summary['updates']} updates, what fits into ten minutes here; {config['resolved']['notes'][0]}. Training the"
+        f" reward model took {summary['reward_model']['seconds']:.0f} s, PPO {summary['seconds/ppo']:.0f} s.",
+        "",
+        *table([summary]),
+        "",
+        *seeds_table([config["config"]["seed"]], [(summary, rows)]),
+        "",
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "results")
+    parser.add_argument("--updates", type=int, default=45)
+    parser.add_argument("--parallel", type=int, default=2)
+    parser.add_argument("--demo", type=Path)
     parser.add_argument("--collect-only", action="store_true")
     arguments = parser.parse_args()
     folders = [arguments.runs / f"seed-{seed}" for seed in arguments.seeds]
-    for seed, folder in zip(arguments.seeds, folders, strict=True):
-        if not arguments.collect_only and not (folder / "policy").exists():
-            command = [sys.executable, "-m", "heeler.cli", "ppo", "imdb", "--seed", str(seed), "--out", str(folder)]
-            subprocess.run(command, check=True, cwd=ROOT)
+    if not arguments.collect_only:
+        train(arguments.seeds, folders, arguments.updates, arguments.parallel)
     summaries = [json.loads((folder / "summary.json").read_text()) for folder in folders]
-    metrics = [
-        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in folders
-    ]
+    metrics = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in folders]
     config = json.loads((folders[0] / "config.json").read_text())
     reward_model = summaries[0]["reward_model"]
     lines = [
@@ -136,7 +178,8 @@ def main() -> None:
         "",
         f"SmolLM2-135M-Instruct continues the first 8 words of reviews with 24 tokens."
         f" {config['resolved']['notes'][1]}; {config['config']['prompts_per_update']} prompts an update,"
-        f" {summaries[0]['updates']} updates, {config['config']['ppo']['epochs']} epoch(s) of"
+        f" {summaries[0]['updates']} updates, seeds side by side with {config['resolved']['threads']} thread(s) each,"
+        f" {config['config']['ppo']['epochs']} epoch(s) of"
         f" {config['config']['ppo']['minibatches']} minibatches, KL coefficient {config['config']['kl']['coef']}."
         f" Means over 256 held-out prompts, ± over {len(folders)} seeds; the same prompts before and after.",
         "",
@@ -160,6 +203,7 @@ def main() -> None:
         "|---|---|---|",
         *[f"| {k} | {v['accuracy']:.1%} | {v['log_loss']:.3f} |" for k, v in reward_model["figures"].items()],
         "",
+        *(demo_section(arguments.demo) if arguments.demo else []),
     ]
     (ROOT / "docs" / "results.md").write_text("\n".join(lines), encoding="utf-8")
     picture(arguments.seeds, metrics, ROOT / "docs" / "images" / "imdb_curve.png")

@@ -47,7 +47,7 @@ class RewardConfig:
     base: str
     tokens: int = 400_000
     batch_size: int = 16
-    lr: float = 2e-4
+    lr: float = 3e-4
     head_lr: float = 1e-3
     warmup: int = 20
     frozen_layers: int = 3
@@ -143,7 +143,7 @@ def train_reward_model(
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets)
         if not torch.isfinite(loss):
             raise CheckFailed(
-                f"the reward model's loss became {float(loss)} at step {step + 1}: lower its learning rate"
+                f"the reward model's loss became {loss.item()} at step {step + 1}: lower its learning rate"
             )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -151,7 +151,7 @@ def train_reward_model(
         optimizer.step()
         count = int(batch["attention_mask"].sum())
         done, step = done + count, step + 1
-        recent = [*recent[-29:], float(loss)]
+        recent = [*recent[-29:], loss.item()]
         bar.update(min(count, config.tokens - bar.n))
         bar.set_postfix_str(f"loss {sum(recent) / len(recent):.3f}", refresh=False)
     bar.close()

@@ -137,10 +137,16 @@ def test_a_prompt_that_repeats_in_an_update_is_sampled_anew(tiny_llama: str) -> 
 
     tokenizer = load_tokenizer(tiny_llama)
     collector = TextCollector(
-        NativeEngine(load_causal_lm(tiny_llama), eos_ids=[]), tokenizer,
-        load_prompts(["a"], tokenizer, max_tokens=None), Sampling(max_new_tokens=12), prompts_per_update=4, samples_per_prompt=2, seed=0, reduce=LocalReduce(),
+        NativeEngine(load_causal_lm(tiny_llama), eos_ids=[]),
+        tokenizer,
+        load_prompts(["a"], tokenizer, max_tokens=None),
+        Sampling(max_new_tokens=12),
+        prompts_per_update=4,
+        samples_per_prompt=2,
+        seed=0,
+        reduce=LocalReduce(),
         device=torch.device("cpu"),
-    )  # fmt: skip
+    )
     rollout = collector.collect(0)
     assert rollout.sample_ids.tolist() == list(range(8))
     assert len({tuple(row.tolist()) for row in rollout.actions.reshape(8, 12)}) == 8
