@@ -1,6 +1,6 @@
 """The results of the demo over several seeds: docs/results.md, its picture and its raw figures.
 
-    python benchmarks/imdb_results.py [--seeds 1 2 3] [--updates 45] [--parallel 2] [--demo RUN] [--collect-only]
+    python benchmarks/imdb_results.py [--seeds 1 2 3] [--updates 36] [--parallel 2] [--demo RUN] [--collect-only]
 
 Each seed is one `heeler ppo imdb --seed S --updates N --threads 1` with the cached reward model, as many side by side
 as there are cores: that trains more seeds an hour than one after the other with all threads. Runs that are complete
@@ -155,7 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "results")
-    parser.add_argument("--updates", type=int, default=45)
+    parser.add_argument("--updates", type=int, default=36)
     parser.add_argument("--parallel", type=int, default=2)
     parser.add_argument("--demo", type=Path)
     parser.add_argument("--collect-only", action="store_true")

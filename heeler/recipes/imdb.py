@@ -101,7 +101,7 @@ class IMDB:
     Attributes:
         out: the run folder; runs/imdb where None.
         seed: of every draw.
-        updates: PPO updates; None takes what fits into the demo's ten minutes on two cores: 45 where the machine has
+        updates: PPO updates; None takes what fits into the demo's ten minutes on two cores: 36 where the machine has
             fast bf16 products, 15 where it has not.
         threads: CPU threads; None takes all.
         full_reward: use the reward model of `heeler reward imdb --full`.
@@ -123,7 +123,7 @@ class IMDB:
 def demo_updates() -> int:
     """Updates that fit into the demo's ten minutes on two cores."""
     precision, _ = machine.choose_precision("auto", machine.choose_device("auto"))
-    return 45 if precision == "bf16" else 15
+    return 36 if precision == "bf16" else 15
 
 
 def write_prompts(file: Path, part: Any, count: int, words: int) -> str:
