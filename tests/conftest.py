@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: a missing model is then missed at once
 
 import pytest
 import torch

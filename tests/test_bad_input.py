@@ -68,7 +68,7 @@ def run(
         ("my_rewards:text", "returned 'good' for completion 1"),
         ("my_rewards:string", "returned str: it must return a list"),
         ("my_rewards:nothing", "returned NoneType: it must return a list"),
-        ("my_rewards:raises", r"raised ZeroDivisionError: division by zero (my_rewards.py, line 8)"),
+        ("my_rewards:raises", r"raised ZeroDivisionError: division by zero (my_rewards.py, line 9)"),
         ("my_rewards:absent", "has no function 'absent'"),
         ("no_such_module:f", "there is no module 'no_such_module'"),
         ("nonsense", "does not name a function"),
@@ -109,7 +109,8 @@ def test_files_and_models_that_are_not_there(
 ) -> None:
     assert "there is no file absent.jsonl" in run(capsys, tiny_llama, prompts="absent.jsonl")
     sentence = run(capsys, "./no-such-model")
-    assert "cannot load the tokenizer './no-such-model': there is no such folder" in sentence
+    assert "cannot load the tokenizer './no-such-model': there is no such folder;" in sentence
+    assert "no such model could be had from the hub" in run(capsys, "nobody/no-such-model")
     (workplace / "broken").mkdir()
     (workplace / "broken" / "config.json").write_text("{}")
     assert "the folder exists, but transformers could not read it" in run(capsys, "broken")

@@ -19,6 +19,7 @@ def load_tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
     quiet_transformers()
+    check_path("tokenizer", path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -55,6 +56,12 @@ def load_classifier(path: str, num_labels: int | None = None) -> Any:
     except (OSError, ValueError) as error:
         raise HeelerError(_not_loadable("sequence classifier", path, error)) from error
     return model.eval()
+
+
+def check_path(kind: str, path: str) -> None:
+    """A name that can only be a path is not looked for on the hub."""
+    if path.startswith((".", "/", "~")) and not Path(path).expanduser().exists():
+        raise HeelerError(f"cannot load the {kind} {path!r}: there is no such folder; give a local folder or a hub id")
 
 
 def _not_loadable(kind: str, path: str, error: Exception) -> str:

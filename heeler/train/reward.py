@@ -42,6 +42,7 @@ class RewardConfig:
         label_smoothing: pulls targets toward 1/2: keeps the logits of the reward in a range that PPO can use.
         seed: of the order and the crops.
         threads: CPU threads; None takes all.
+        precision: "auto" measures; bf16 keeps the weights in fp32 and computes under autocast.
     """
 
     base: str
@@ -56,6 +57,7 @@ class RewardConfig:
     label_smoothing: float = 0.0
     seed: int = 0
     threads: int | None = None
+    precision: machine.Precision = "auto"
 
 
 class LabelledTexts:
@@ -109,6 +111,7 @@ def train_reward_model(
     machine.keep_freed_memory()
     machine.set_threads(config.threads)
     torch.manual_seed(config.seed)
+    precision, _ = machine.choose_precision(config.precision, "cpu")
     model = loading.load_classifier(config.base, num_labels=1)
     encoder, head = _parts(model, config.frozen_layers)
     optimizer = torch.optim.AdamW(
@@ -139,7 +142,8 @@ def train_reward_model(
         ]
         batch = train.batch(items, starts, length)
         targets = train.labels[items] * (1 - config.label_smoothing) + config.label_smoothing / 2
-        logits = model(**batch).logits[:, 0]
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            logits = model(**batch).logits[:, 0].float()
         loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, targets)
         if not torch.isfinite(loss):
             raise CheckFailed(
@@ -157,7 +161,13 @@ def train_reward_model(
     bar.close()
     seconds = time.perf_counter() - started
     figures = {name: accuracy(model, data, length) for name, (data, length) in tests.items()}
-    report = {"config": to_json(config), "seconds": round(seconds, 1), "steps": step, "figures": figures}
+    report = {
+        "config": to_json(config),
+        "precision": precision,
+        "seconds": round(seconds, 1),
+        "steps": step,
+        "figures": figures,
+    }
     aside = out.with_name(out.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     model.save_pretrained(aside)

@@ -49,7 +49,7 @@ def test_it_learns_loads_and_rewards(encoder: str, tmp_path: Path) -> None:
     from heeler.policies.loading import load_tokenizer
 
     data = LabelledTexts(TEXTS, LABELS, load_tokenizer(encoder))
-    config = RewardConfig(base=encoder, tokens=4000, lr=3e-3, head_lr=3e-3, frozen_layers=0, lengths=(8,), threads=1)
+    config = RewardConfig(base=encoder, tokens=12000, lr=3e-3, head_lr=3e-3, frozen_layers=0, lengths=(8,), threads=1)
     report = train_reward_model(config, data, {"test": (data, 8)}, tmp_path / "rm", show=False)
     assert report["figures"]["test"]["accuracy"] == 1.0
     assert json.loads((tmp_path / "rm" / "heeler.json").read_text())["figures"] == report["figures"]
@@ -76,3 +76,14 @@ def test_labels_of_one_class_are_refused(encoder: str) -> None:
 
     with pytest.raises(HeelerError, match="needs both classes"):
         LabelledTexts(["a", "b"], [True, True], load_tokenizer(encoder))
+
+
+def test_bf16_learns_too(encoder: str, tmp_path: Path) -> None:
+    from heeler.policies.loading import load_tokenizer
+
+    data = LabelledTexts(TEXTS, LABELS, load_tokenizer(encoder))
+    config = RewardConfig(
+        base=encoder, tokens=6000, lr=3e-3, head_lr=3e-3, frozen_layers=0, lengths=(8,), threads=1, precision="bf16"
+    )
+    report = train_reward_model(config, data, {"test": (data, 8)}, tmp_path / "rm", show=False)
+    assert report["precision"] == "bf16" and report["figures"]["test"]["accuracy"] == 1.0

@@ -252,7 +252,7 @@ def test_a_reference_that_is_another_model_stops_the_run(
 def test_a_nan_in_the_weights_stops_the_run(tiny_llama: str, tmp_path: Path) -> None:
     def poison(report: UpdateReport) -> None:
         with torch.no_grad():
-            run_policy["policy"].parameter_groups()[0]["params"][0].fill_(float("nan"))
+            run_policy["policy"].parameter_groups()[0]["params"][-1].fill_(float("nan"))
 
     run_policy: dict[str, Any] = {}
     original = build_text_run
@@ -271,3 +271,13 @@ def test_a_nan_in_the_weights_stops_the_run(tiny_llama: str, tmp_path: Path) -> 
                 small(tiny_llama, tmp_path / "run"), prompts=PROMPTS, reward=vowels, on_update=poison, show=False
             )
     assert (tmp_path / "run" / "checkpoints").is_dir()
+
+
+@pytest.mark.parametrize("trainable", [TopLayers(layers=1), Full(), LoRA(rank=2)], ids=str)
+def test_bf16_runs_and_starts_at_ratio_one(tiny_llama: str, tmp_path: Path, trainable: Any) -> None:
+    """Frozen weights and the engine in bf16, trained weights in fp32: within the tolerances that bf16 explains."""
+    config = small(tiny_llama, tmp_path / "run", precision="bf16", trainable=trainable, updates=2)
+    train_text(config, prompts=PROMPTS, reward=vowels, show=False)
+    rows = numbers(tmp_path / "run")
+    assert len(rows) == 2 and rows[0]["engine/logprob_gap"] < 0.1
+    assert rows[0]["kl/ref"] == pytest.approx(0, abs=0.5)
