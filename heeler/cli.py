@@ -34,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"heeler: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"\nheeler: {interrupt or 'interrupted'}", file=sys.stderr)
+        told = str(interrupt) or "interrupted before training began: start the same command again, the cache stays"
+        print(f"\nheeler: {told}", file=sys.stderr)
         return 130
 
 

@@ -426,16 +426,8 @@ def train_text(
                      "torch": torch.__version__, "device": str(run.policy.device)},
     })  # fmt: skip
     run.summary.update(extra or {})
-    if run.eval_prompts is not None:
-        say("evaluating before training", show)
-        before = run.evaluate()
-        run.summary["eval/before"] = before.figures
-        run.summary["eval/examples"] = [
-            {"prompt": p, "before": c, "reward/before": r}
-            for p, c, r in zip(before.prompts[:8], before.completions, before.rewards, strict=False)
-        ]
-        folder.write_summary(run.summary)
-    _save(run, keep_best=None)
+    folder.write_summary(run.summary)
+    _save(run, keep_best=None)  # from here on the run can be resumed
     return _continue(run, on_update, show)
 
 
@@ -520,6 +512,17 @@ def _save(run: TextRun, keep_best: int | None) -> None:
 
 
 def _continue(run: TextRun, on_update: Callable[[UpdateReport], None] | None, show: bool) -> TextRun:
+    """Train from the run's state to its end, evaluate and export."""
+    assert run.folder is not None
+    try:
+        return _train_and_export(run, on_update, show)
+    except KeyboardInterrupt as interrupt:
+        if interrupt.args:
+            raise
+        raise KeyboardInterrupt(f"interrupted; continue with: heeler resume {run.folder.path}") from None
+
+
+def _train_and_export(run: TextRun, on_update: Callable[[UpdateReport], None] | None, show: bool) -> TextRun:
     config, state, folder, policy = run.config, run.state, run.folder, run.policy
     assert folder is not None and run.prompts is not None
     collector = TextCollector(
@@ -529,6 +532,15 @@ def _continue(run: TextRun, on_update: Callable[[UpdateReport], None] | None, sh
     )  # fmt: skip
     for note in run.notes:
         say(note, show)
+    if state.step == 0 and run.eval_prompts is not None:
+        say("evaluating before training", show)
+        before = run.evaluate()
+        run.summary["eval/before"] = before.figures
+        run.summary["eval/examples"] = [
+            {"prompt": p, "before": c, "reward/before": r}
+            for p, c, r in zip(before.prompts[:8], before.completions, before.rewards, strict=False)
+        ]
+        folder.write_summary(run.summary)
     bar = progress(config.updates, "PPO", "update", done=state.step, show=show)
     started = time.perf_counter()
     with _interruptible() as interrupted:
