@@ -5,7 +5,12 @@ from pathlib import Path
 from heeler.data.prompts import load_prompts
 from heeler.policies.loading import load_tokenizer
 
-TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}<bot>{% endif %}"
+TEMPLATE = "".join(
+    [
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}",
+        "{% if add_generation_prompt %}<bot>{% endif %}",
+    ]
+)
 
 
 def test_chat_prompts_take_the_template(tiny_llama: str) -> None:
