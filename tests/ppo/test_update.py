@@ -357,7 +357,7 @@ def test_nan_stops_the_update_before_any_parameter_moves(field, budget):
     policy, batch = policy_and_batch()
     poisoned = getattr(batch, field).clone()
     poisoned[7] = float("nan")
-    with pytest.raises(CheckFailed, match="the loss became nan"):
+    with pytest.raises(CheckFailed, match="the loss is not finite"):
         changed_by(policy, replace(batch, **{field: poisoned}), PPOConfig(token_budget=budget))
 
 
