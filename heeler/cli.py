@@ -60,7 +60,7 @@ def _nearest(word: str, choices: Sequence[str] | dict[str, Any]) -> str:
     from difflib import get_close_matches
 
     close = get_close_matches(word, list(choices), n=2)
-    return f", did you mean {' or '.join(close)}?" if close else ""
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
 def _parse(cls: Any, words: list[str], prog: str) -> Any:

@@ -125,8 +125,8 @@ def test_a_run_folder_that_exists(workplace: Path, tiny_llama: str, capsys: pyte
 
 def test_verbs_and_recipes(capsys: pytest.CaptureFixture[str], workplace: Path) -> None:
     for words, says in (
-        (["pop"], "there is no verb 'pop', did you mean ppo?"),
-        (["ppo", "imbd"], "there is no recipe 'imbd' for heeler ppo, did you mean imdb?"),
+        (["pop"], "there is no verb 'pop' (did you mean ppo?)"),
+        (["ppo", "imbd"], "there is no recipe 'imbd' for heeler ppo (did you mean imdb?)"),
         (["resume", "nowhere"], "nowhere is no run folder"),
         (["resume"], "needs a run folder"),
         (["eval", "nowhere"], "nowhere is no run folder"),
