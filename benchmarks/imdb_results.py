@@ -16,7 +16,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean, median, stdev
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,17 +63,17 @@ def table(summaries: list[dict[str, Any]]) -> list[str]:
 
 def seeds_table(seeds: list[int], runs: list[tuple[dict[str, Any], list[dict[str, Any]]]]) -> list[str]:
     lines = [
-        "| seed | reward | VADER | distinct_2, share of start | duplicates | KL | seconds of PPO | seconds an update"
+        "| seed | reward | VADER | distinct_2, share of start | duplicates | KL | seconds an update, median"
         " (rollout / score / update) | peak GiB |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for seed, (s, rows) in zip(seeds, runs, strict=True):
         b, a = s["eval/before"], s["eval/after"]
-        parts = [mean(r[f"time/{part}"] for r in rows) for part in ("rollout", "score", "update")]
+        parts = [median(r[f"time/{part}"] for r in rows) for part in ("rollout", "score", "update")]
         lines.append(
             f"| {seed} | {b['reward']:.3f} -> {a['reward']:.3f} | {b['judge']:.3f} -> {a['judge']:.3f}"
             f" | {a['distinct_2'] / b['distinct_2']:.2f} | {b['duplicates']:.3f} -> {a['duplicates']:.3f}"
-            f" | {a['kl/ref']:.2f} | {s['seconds/ppo']:.0f} | {sum(parts):.1f} ({parts[0]:.1f} / {parts[1]:.1f} /"
+            f" | {a['kl/ref']:.2f} | {sum(parts):.1f} ({parts[0]:.1f} / {parts[1]:.1f} /"
             f" {parts[2]:.1f}) | {s['peak_memory_gib']:.2f} |"
         )
     return lines

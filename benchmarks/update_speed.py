@@ -66,10 +66,10 @@ HEELER = (
 )  # fmt: skip
 
 
-def trl_system(rows: int) -> System:
+def trl_system(rows: int, timed: int) -> System:
     passes = f"{PROMPTS // rows} passes of {rows} rows" if rows < PROMPTS else "one pass"
     name = f"TRL {TRL}, all weights, critic and reward models of 135M, {passes}"
-    return System(f"a{rows}", name, updates=WARM_UP + 2, rows=rows)
+    return System(f"a{rows}", name, updates=WARM_UP + timed, rows=rows)
 
 
 # the processes ------------------------------------------------------------------------------------------------
@@ -310,6 +310,7 @@ def report(
             ("--skip-trl", arguments.skip_trl),
             (f"--rounds {arguments.rounds}", arguments.rounds != 2),
             (f"--threads {arguments.threads}", arguments.threads != cores()),
+            (f"--trl-timed {arguments.trl_timed}", arguments.trl_timed != 2),
             (f"--trl-rows {' '.join(map(str, arguments.trl_rows))}", arguments.trl_rows != [16, 32]),
         )
         if given
@@ -363,7 +364,7 @@ def measure(arguments: argparse.Namespace) -> str:
             "response_tokens": RESPONSE_TOKENS, "lr": LR, "kl_coef": KL_COEF, "threads": arguments.threads,
             "top_layers": 1 if arguments.tiny else 6,
         }  # fmt: skip
-        peers = [] if arguments.skip_trl else [trl_system(rows) for rows in arguments.trl_rows]
+        peers = [] if arguments.skip_trl else [trl_system(rows, arguments.trl_timed) for rows in arguments.trl_rows]
         results: dict[str, list[dict[str, Any]]] = {system.key: [] for system in (*peers, *HEELER)}
 
         def fastest() -> System:
@@ -405,6 +406,7 @@ def main() -> None:
     parser.add_argument("--skip-trl", action="store_true", help="time Heeler alone")
     parser.add_argument("--out", type=Path, help="the Markdown file (docs/benchmarks/update_speed.md)")
     parser.add_argument("--rounds", type=int, default=2, help="how often each system runs (2)")
+    parser.add_argument("--trl-timed", type=int, default=2, help="counted updates of TRL in each round (2)")
     parser.add_argument("--threads", type=int, default=cores(), help="CPU threads of each system (all)")
     parser.add_argument(
         "--trl-rows", type=int, nargs="+", default=[16, 32], help="rows in one pass of TRL: the fastest counts (16 32)"

@@ -166,7 +166,7 @@ def _eval(words: list[str]) -> int:
     from heeler.train.text import load_text_run
 
     run = load_text_run(path, eval_prompts=None if chosen.prompts is None else _rows(chosen.prompts))
-    evaluation = run.evaluate()
+    evaluation = run.evaluate(show=True)
     assert run.folder is not None
     write_json(run.folder.path / "eval.json", {"step": run.state.step, **evaluation.figures})
     print(figures_table({f"after update {run.state.step}": evaluation.figures}))

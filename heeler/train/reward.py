@@ -84,14 +84,19 @@ class LabelledTexts:
 
 
 @torch.no_grad()
-def accuracy(model: Any, data: LabelledTexts, length: int, batch_size: int = 64) -> dict[str, float]:
+def accuracy(
+    model: Any, data: LabelledTexts, length: int, batch_size: int = 64, show: bool = False
+) -> dict[str, float]:
     """Share of right labels on the first `length` tokens, and the mean log loss (nats)."""
     model.eval()
     order = sorted(range(len(data)), key=lambda i: len(data.ids[i]))
     logits = torch.zeros(len(data))
+    bar = progress(len(data), f"testing at {length} tokens", "text", show=show)
     for start in range(0, len(order), batch_size):
         items = order[start : start + batch_size]
         logits[items] = model(**data.batch(items, [0] * len(items), length)).logits[:, 0].float()
+        bar.update(len(items))
+    bar.close()
     right = ((logits > 0) == (data.labels > 0.5)).float().mean()
     loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, data.labels)
     return {"accuracy": float(right), "log_loss": float(loss)}
@@ -160,7 +165,7 @@ def train_reward_model(
         bar.set_postfix_str(f"loss {sum(recent) / len(recent):.3f}", refresh=False)
     bar.close()
     seconds = time.perf_counter() - started
-    figures = {name: accuracy(model, data, length) for name, (data, length) in tests.items()}
+    figures = {name: accuracy(model, data, length, show=show) for name, (data, length) in tests.items()}
     report = {
         "config": to_json(config),
         "precision": precision,

@@ -144,15 +144,24 @@ class TextRun:
         self.engine.load(self.policy.published())
         self.engine.commit(self.state.step)
 
-    def evaluate(self) -> Evaluation:
-        """Figures on the evaluation prompts with the policy as it is now."""
+    def evaluate(self, show: bool = False) -> Evaluation:
+        """Figures on the evaluation prompts with the policy as it is now; `show` draws a progress bar."""
         if self.eval_prompts is None:
             raise HeelerError("the run has no evaluation prompts: give a JSONL file of prompts")
         self.publish()
-        return evaluate_text(
-            self.policy, self.engine, self.tokenizer, self.eval_prompts, self.reward, self.judges,
-            self.config.sampling, seed=self.config.seed, token_budget=self.config.ppo.token_budget,
-        )  # fmt: skip
+        total = len(self.eval_prompts) * self.config.sampling.max_new_tokens
+        bar = progress(total, "evaluating", "token", show=show)
+        if isinstance(self.engine, NativeEngine):
+            self.engine.on_progress = bar.update
+        try:
+            return evaluate_text(
+                self.policy, self.engine, self.tokenizer, self.eval_prompts, self.reward, self.judges,
+                self.config.sampling, seed=self.config.seed, token_budget=self.config.ppo.token_budget,
+            )  # fmt: skip
+        finally:
+            bar.close()
+            if isinstance(self.engine, NativeEngine):
+                self.engine.on_progress = None
 
     def sample(self, *prompts: Any, seed: int = 0) -> list[str]:
         """Completions of strings or chats by the policy as it is now."""
@@ -534,7 +543,7 @@ def _train_and_export(run: TextRun, on_update: Callable[[UpdateReport], None] | 
         say(note, show)
     if state.step == 0 and run.eval_prompts is not None:
         say("evaluating before training", show)
-        before = run.evaluate()
+        before = run.evaluate(show)
         run.summary["eval/before"] = before.figures
         run.summary["eval/examples"] = [
             {"prompt": p, "before": c, "reward/before": r}
@@ -580,7 +589,7 @@ def _train_and_export(run: TextRun, on_update: Callable[[UpdateReport], None] | 
     export_policy(run, folder.path)
     if run.eval_prompts is not None:
         say("evaluating after training", show)
-        after = run.evaluate()
+        after = run.evaluate(show)
         run.summary["eval/after"] = after.figures
         for example, text, value in zip(
             run.summary.get("eval/examples", []), after.completions, after.rewards, strict=False
@@ -594,7 +603,7 @@ def _train_and_export(run: TextRun, on_update: Callable[[UpdateReport], None] | 
 def _keep_if_best(run: TextRun, show: bool) -> dict[str, float]:
     """Evaluate; keep policy and checkpoint where the held-out reward is the best so far. Returns the figures."""
     assert run.folder is not None
-    figures = run.evaluate().figures
+    figures = run.evaluate(show).figures
     say(f"  held-out reward {figures['reward']:.3f}, KL {figures['kl/ref']:.2f} nats", show)
     best = run.summary.get("best")
     if best is None or figures["reward"] > best["reward"]:

@@ -7,7 +7,7 @@ the trainer then never runs the trunk at all.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -73,6 +73,7 @@ class NativeEngine(WeightReceiver):
         self.device = next(model.parameters()).device
         self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long, device=self.device)
         self._captured: Tensor | None = None
+        self.on_progress: Callable[[int], Any] | None = None  # called with the tokens of every step
         self.keeps_states = trunk_layers is not None
         if trunk_layers is not None:
             found = layer_list(model.base_model)
@@ -131,6 +132,8 @@ class NativeEngine(WeightReceiver):
                 states[alive, first:end] = self._captured.cpu() if self.device.type != "cpu" else self._captured
             drawn, drawn_logprobs = sample(output.logits[:, -1], u[alive, t], sampling.temperature)
             tokens[alive, t], logprobs[alive, t] = drawn.cpu(), drawn_logprobs.cpu()
+            if self.on_progress is not None:
+                self.on_progress(int((~stopped[alive]).sum()))
             ended = torch.isin(drawn, self.eos_ids).cpu()
             fresh = ended & ~stopped[alive]
             sampled[alive[fresh]] = t + 1
