@@ -1,0 +1,127 @@
+"""The scoring stage of text runs: rewards, old and reference log-probabilities, values, KL shaping, and its checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from heeler.policies.inputs import TokenInputs
+from heeler.ppo.kl import kl_estimate, next_kl_coef
+from heeler.ppo.minibatches import budgeted_microbatches, decision_indices
+from heeler.ppo.moments import moments
+from heeler.ppo.shaping import segment_sums, segment_weights, shape_rewards
+from heeler.runtime.reduce import LocalReduce
+from heeler.train.ppo import TrainState
+from heeler.types import CheckFailed, HeelerError, Rollout, ScoredRollout
+
+if TYPE_CHECKING:
+    from heeler.train.text import TextRun
+
+# How far engine and trainer, or policy and reference at the start, may lie apart: mean nats a token.
+LOGPROB_TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}
+
+
+def make_score(run: TextRun) -> Callable[[Rollout, TrainState], tuple[ScoredRollout, dict[str, float]]]:
+    """The scoring stage: rewards, old and reference log-probabilities, values, KL shaping, and its checks."""
+    config, policy, reduce = run.config, run.policy, LocalReduce()
+    tolerance = LOGPROB_TOLERANCE[policy.precision]
+
+    def score(rollout: Rollout, state: TrainState) -> tuple[ScoredRollout, dict[str, float]]:
+        inputs = rollout.inputs
+        assert isinstance(inputs, TokenInputs)
+        output = run.reward(prompts=rollout.prompts, completions=rollout.completions, columns=rollout.columns)
+        device = rollout.behavior_logprobs.device
+        scores = output.scores.to(device)
+        if not bool(torch.isfinite(scores).all()):
+            raise CheckFailed(
+                "the reward is not finite for at least one completion: look at the reward model's weights"
+            )
+        if bool((rollout.policy_versions != state.step).any()):
+            raise CheckFailed(
+                f"the engine sampled with the weights of update {int(rollout.policy_versions.min())}, but update"
+                f" {state.step} was published"
+            )
+        token_rewards = None if output.token_rewards is None else _flat_rewards(output.token_rewards, rollout)
+
+        bootstrapping = config.truncation == "bootstrap"
+        old, ref = torch.empty_like(rollout.behavior_logprobs), torch.empty_like(rollout.behavior_logprobs)
+        values, after = torch.empty_like(old), torch.zeros_like(scores)
+        for items in budgeted_microbatches(
+            torch.arange(len(inputs.lengths)), inputs.costs.cpu(), config.ppo.token_budget
+        ):
+            items = items.to(device)
+            indices = decision_indices(items, inputs.decision_counts)
+            said, ref_logprobs, last = policy.score(inputs.select(items), last_values=bootstrapping)
+            old[indices], values[indices], ref[indices] = said.logprobs, said.values, ref_logprobs
+            after[items] = last
+
+        gap = (rollout.behavior_logprobs - old).abs()
+        kl = kl_estimate(old, ref, config.kl_estimator)
+        sequence_kl = segment_sums(kl_estimate(old, ref, "k1"), rollout.offsets)
+        check_paths(gap, old - ref, state.step, tolerance)
+        cut = rollout.truncated
+        nothing = torch.zeros_like(cut)
+        rewards = shape_rewards(
+            scores, token_rewards, kl, state.kl_coef, rollout.offsets, cut if bootstrapping else nothing
+        )
+        weights = segment_weights(
+            rollout.offsets, cut if config.truncation == "drop" else nothing, config.loss_weighting
+        )
+        scored = ScoredRollout(
+            rollout=rollout, scores=scores, rewards=rewards, old_logprobs=old, ref_logprobs=ref, values=values,
+            bootstrap=torch.where(cut, after, torch.zeros_like(after)) if bootstrapping else torch.zeros_like(after),
+            policy_weights=weights, value_weights=weights, components=output.components,
+        )  # fmt: skip
+        ones = torch.ones_like(scores)
+        mean, variance = moments(scores, ones, reduce)
+        mean_kl = float(moments(sequence_kl, ones, reduce)[0])
+        metrics = {
+            "reward/mean": float(mean),
+            "reward/std": float(variance.sqrt()),
+            **{
+                f"reward/{name}": float(moments(x.to(device), ones, reduce)[0]) for name, x in output.components.items()
+            },
+            "kl/ref": mean_kl,
+            "kl/coef": state.kl_coef,
+            "completion/length": float(moments(rollout.offsets.diff().float(), ones, reduce)[0]),
+            "completion/truncated_fraction": float(moments(cut.float(), ones, reduce)[0]),
+            "engine/logprob_gap": float(gap.mean()),
+        }
+        state.kl_coef = next_kl_coef(config.kl, state.kl_coef, mean_kl, len(scores) * reduce.world_size)
+        return scored, metrics
+
+    return score
+
+
+def check_paths(gap: torch.Tensor, from_reference: torch.Tensor, step: int, tolerance: float) -> None:
+    """Engine against trainer (every update is the probe of the publish before it), and policy against reference."""
+    if not bool(torch.isfinite(gap).all()):
+        raise CheckFailed(
+            "a log-probability is not finite: the model's weights or logits hold NaN; lower the learning rate"
+        )
+    mean_gap = float(gap.mean())
+    if mean_gap > tolerance:
+        raise CheckFailed(
+            f"engine and trainer differ by {mean_gap:.2g} nats a token (tolerance {tolerance:g}) at update {step + 1}"
+            ": the engine samples other weights or another distribution than the trainer scores; look at publish, at"
+            " the temperature, and at the precision of both"
+        )
+    if step == 0 and float(from_reference.abs().mean()) > tolerance:
+        raise CheckFailed(
+            f"policy and reference differ by {float(from_reference.abs().mean()):.2g} nats a token before the first"
+            " update: they must be the same model on the same numeric path; look at the reference's weights"
+        )
+
+
+def _flat_rewards(token_rewards: Sequence[Sequence[float]], rollout: Rollout) -> torch.Tensor:
+    lengths = rollout.offsets.diff().tolist()
+    for index, (given, length) in enumerate(zip(token_rewards, lengths, strict=True)):
+        if len(given) != length:
+            raise HeelerError(
+                f"the reward function returned {len(given)} token rewards for completion {index + 1}, which has"
+                f" {length} tokens"
+            )
+    flat = [value for given in token_rewards for value in given]
+    return torch.tensor(flat, dtype=torch.float32, device=rollout.behavior_logprobs.device)
