@@ -141,7 +141,7 @@ def demo_section(folder: Path) -> list[str]:
     return [
         "## One `make demo` on this machine",
         "",
-        f"{summary['updates']} updates, what fits into ten minutes here; {config['resolved']['notes'][0]}. Training the"
+        f"{summary['updates']} updates; {config['resolved']['notes'][0]}. Training the"
         f" reward model took {summary['reward_model']['seconds']:.0f} s, PPO {summary['seconds/ppo']:.0f} s.",
         "",
         *table([summary]),

@@ -55,7 +55,7 @@ def smollm2_folder(show: bool = True) -> Path:
 
 @lru_cache(maxsize=1)
 def fast_bf16() -> bool:
-    """Whether this machine multiplies bf16 in hardware: the demo then fits more into its ten minutes."""
+    """Whether this machine multiplies bf16 in hardware: the demo then does more in the same time."""
     return machine.choose_precision("auto", machine.choose_device("auto"))[0] == "bf16"
 
 
@@ -108,7 +108,7 @@ class IMDB:
     Attributes:
         out: the run folder; runs/imdb where None.
         seed: of every draw.
-        updates: PPO updates; None takes what fits into the demo's ten minutes on two cores: 36 where the machine has
+        updates: PPO updates; None aims at a demo of about ten minutes on two cores: 36 where the machine has
             fast bf16 products, 14 (with a larger learning rate) where it has not.
         threads: CPU threads; None takes all.
         full_reward: use the reward model of `heeler reward imdb --full`.
