@@ -126,11 +126,7 @@ def train(seeds: list[int], folders: list[Path], updates: int, parallel: int) ->
                 processes.append(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT))
         for process in processes:
             if process.wait():
-                sys.exit(f"a run failed: see {arguments_of(process)}")
-
-
-def arguments_of(process: subprocess.Popen[bytes]) -> str:
-    return " ".join(str(word) for word in process.args)  # pyright: ignore
+                sys.exit(f"a run failed with status {process.returncode}: see the logs in {folders[0].parent}")
 
 
 def demo_section(folder: Path) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +14,6 @@ from heeler.data.prompts import PromptSet
 from heeler.policies.inputs import TokenInputs
 from heeler.rollout.engines.draws import draw_seed
 from heeler.types import Completion, Engine, Reduce, Request, Rollout, Sampling
-
-
-class Publisher(Protocol):
-    def published(self) -> Any: ...
 
 
 def prompts_of_update(num_prompts: int, per_update: int, step: int, seed: int) -> list[int]:
