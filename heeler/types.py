@@ -64,6 +64,56 @@ class PolicyOutput:
     values: Tensor
 
 
+@dataclass(frozen=True, kw_only=True)
+class ObservationSpec:
+    """What a policy looks at in an environment: a float vector, images, or both.
+
+    Attributes:
+        vector: length of the vector; 0 where there is none.
+        images: `(C, H, W)` of each image by name.
+    """
+
+    vector: int
+    images: tuple[tuple[str, tuple[int, int, int]], ...] = ()
+
+    @property
+    def mixed(self) -> bool:
+        """Whether observations are dicts: several images, or an image and a vector."""
+        return len(self.images) > 1 or (bool(self.images) and self.vector > 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActionSpec:
+    """What a policy chooses in an environment.
+
+    Attributes:
+        kind: one choice, several choices, several yes-or-no choices, or real numbers.
+        sizes: choices of each component; 1 for each component of "multi_binary" and "box".
+        shape: of one action as the environment takes it.
+        low, high: bounds of a box, flat; infinite where there are none.
+        start: the number of the first choice, for each component.
+        dtype: what the environment takes.
+    """
+
+    kind: Literal["discrete", "multi_discrete", "multi_binary", "box"]
+    sizes: tuple[int, ...]
+    shape: tuple[int, ...] = ()
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
+    start: tuple[int, ...] = ()
+    dtype: str = "int64"
+
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that a network puts out for one decision: logits, or means."""
+        return sum(self.sizes)
+
+    @property
+    def mask_size(self) -> int:
+        """Length of an action mask; 0 where actions cannot be masked."""
+        return sum(self.sizes) if self.kind in ("discrete", "multi_discrete") else 0
+
+
 class Policy(Protocol):
     """What `ppo.update` trains: anything that can score decisions again, with gradients."""
 
@@ -100,6 +150,11 @@ class Rollout:
     prompts: Sequence[object]
     completions: Sequence[str]
     columns: Mapping[str, Sequence[object]]
+
+    @property
+    def num_episodes(self) -> int:
+        """Episodes that this rollout completed: for texts every segment is one."""
+        return len(self.terminated)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,8 +13,8 @@ import torch
 from heeler.cli import main
 from heeler.data.prompts import load_prompts
 from heeler.policies.loading import load_tokenizer
-from heeler.rewards.functions import FunctionReward, load_function
-from heeler.runtime.packages import require
+from heeler.rewards.functions import FunctionReward
+from heeler.runtime.packages import load_function, require
 from heeler.runtime.runs import RunFolder
 from heeler.types import HeelerError
 

@@ -8,7 +8,7 @@ E[x^2] - E[x]^2 loses all digits where the mean is large against the spread.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -46,24 +46,34 @@ def explained_variance(values: Tensor, returns: Tensor, weights: Tensor, reduce:
     return 1 - var_errors / var_returns
 
 
+def _nothing() -> Tensor:
+    return torch.zeros((), dtype=torch.float64)
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunningMoments:
-    """Mean and variance of everything seen so far, merged batch by batch.
+    """Mean and variance of everything seen so far, merged batch by batch; of numbers, or of vectors by dimension.
 
     Source: Chan, Golub, LeVeque, Algorithms for Computing the Sample Variance, 1983, equation 2.1.
+
+    Attributes:
+        count: numbers (or vectors) seen.
+        mean, var: `[]`, or `[D]` where vectors are merged; float64.
     """
 
     count: float = 0.0
-    mean: float = 0.0
-    var: float = 0.0
+    mean: Tensor = field(default_factory=_nothing)
+    var: Tensor = field(default_factory=_nothing)
 
     def merge(self, x: Tensor, reduce: Reduce) -> RunningMoments:
-        """The moments with the global batch `x [n]` added."""
-        mean_tensor, var_tensor = moments(x, torch.ones_like(x), reduce)
-        added = float(reduce.sum(torch.tensor(float(x.numel()), dtype=torch.float64)))
+        """The moments with the global batch `x [n]` or `[n, D]` added."""
+        x = x.double()
+        added = float(reduce.sum(torch.tensor(float(len(x)), dtype=torch.float64)))
         if added == 0.0:
             return self
-        mean, var, total = float(mean_tensor), float(var_tensor), self.count + added
+        mean = reduce.sum(x.sum(0)) / added
+        var = reduce.sum(((x - mean) ** 2).sum(0)) / added
+        total = self.count + added
         delta = mean - self.mean
         squares = self.var * self.count + var * added + delta**2 * self.count * added / total
         return RunningMoments(count=total, mean=self.mean + delta * added / total, var=squares / total)

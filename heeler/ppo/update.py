@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -62,6 +62,16 @@ class PPOConfig:
     loss_denominator: float | None = None
     token_budget: int = 4096
     ratio_tolerance: float = 1e-3
+
+    def scaled(self, clip: float, entropy: float) -> PPOConfig:
+        """The same with clip ranges and entropy coefficient multiplied: their schedules."""
+        high = self.clip_range_high
+        return replace(
+            self,
+            clip_range=self.clip_range * clip,
+            clip_range_high=None if high is None else high * clip,
+            entropy_coef=self.entropy_coef * entropy,
+        )
 
 
 @dataclass

@@ -155,7 +155,7 @@ def text_config(recipe: IMDB, model: Path, reward: Path, out: str) -> TextConfig
         prompts_per_update=64,
         sampling=Sampling(max_new_tokens=24),
         trainable=TopLayers(layers=6),
-        kl=FixedKL(coef=0.1),
+        kl=FixedKL(coef=0.12),
         lr=3e-4 if recipe.updates is None and not fast_bf16() else 2e-4,  # fewer updates, larger steps
         critic_lr=3e-3,
         lr_schedule=Schedule(shape="linear", end=0.1),
@@ -167,7 +167,7 @@ def text_config(recipe: IMDB, model: Path, reward: Path, out: str) -> TextConfig
 
 def run_imdb(recipe: IMDB, show: bool = True) -> TextRun:
     """The whole recipe, end to end."""
-    from heeler.train.text import default_out
+    from heeler.train.run import default_out
 
     out = recipe.out or default_out("imdb")
     model = smollm2_folder(show)

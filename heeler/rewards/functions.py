@@ -8,50 +8,16 @@ written for TRL run unchanged.
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
-import traceback
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from heeler.runtime.packages import where_raised
 from heeler.types import HeelerError, RewardOutput
 
 RewardFunction = Callable[..., Sequence[Any]]
-
-
-def load_function(spec: str) -> RewardFunction:
-    """The function that `module:name` names; modules of the current directory are found too."""
-    module_name, _, name = spec.partition(":")
-    if not module_name or not name:
-        raise HeelerError(
-            f"{spec!r} does not name a function: write it as module:function, for instance my_rewards:score"
-        )
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is not None and (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise HeelerError(
-                f"there is no module {module_name!r} in {Path.cwd()} or among the installed packages"
-            ) from error
-        raise HeelerError(f"the module {module_name!r} needs {error.name!r}, which is not installed") from error
-    except Exception as error:
-        raise HeelerError(f"the module {module_name!r} cannot be imported: {_where(error)}") from error
-    function: Any = getattr(module, name, None)
-    if not callable(function):
-        raise HeelerError(f"the module {module_name!r} has no function {name!r}")
-    return function  # pyright: ignore[reportReturnType]
-
-
-def _where(error: BaseException) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
-    return f"{type(error).__name__}: {error}{place}"
 
 
 class FunctionReward:
@@ -72,7 +38,7 @@ class FunctionReward:
         except HeelerError:
             raise
         except Exception as error:
-            raise HeelerError(f"the reward function {self.name} raised {_where(error)}") from error
+            raise HeelerError(f"the reward function {self.name} raised {where_raised(error)}") from error
         return check_values(values, len(prompts), self.name)
 
 

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+import sys
+import traceback
+from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 from heeler.types import HeelerError
 
@@ -21,3 +27,32 @@ def quiet_transformers() -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     logging.getLogger("peft").setLevel(logging.ERROR)
+
+
+def load_function(spec: str, what: str = "function", example: str = "my_rewards:score") -> Callable[..., Any]:
+    """The function or class that `module:name` names; modules of the current directory are found too."""
+    module_name, _, name = spec.partition(":")
+    if not module_name or not name:
+        raise HeelerError(f"{spec!r} does not name a {what}: write it as module:{what}, for instance {example}")
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module_name == error.name or module_name.startswith(error.name + ".")):
+            raise HeelerError(
+                f"there is no module {module_name!r} in {Path.cwd()} or among the installed packages"
+            ) from error
+        raise HeelerError(f"the module {module_name!r} needs {error.name!r}, which is not installed") from error
+    except Exception as error:
+        raise HeelerError(f"the module {module_name!r} cannot be imported: {where_raised(error)}") from error
+    function: Any = getattr(module, name, None)
+    if not callable(function):
+        raise HeelerError(f"the module {module_name!r} has no {what} {name!r}")
+    return function
+
+
+def where_raised(error: BaseException) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {error}{place}"

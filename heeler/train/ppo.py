@@ -23,6 +23,10 @@ class LoopConfig(Protocol):
     @property
     def lr_schedule(self) -> Schedule: ...
     @property
+    def clip_schedule(self) -> Schedule: ...
+    @property
+    def entropy_schedule(self) -> Schedule: ...
+    @property
     def advantage(self) -> AdvantageConfig: ...
     @property
     def ppo(self) -> PPOConfig: ...
@@ -83,12 +87,16 @@ def train_loop(
         factor = config.lr_schedule.factor(state.step, config.updates)
         for group in state.optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        metrics |= update(policy, state.optimizer, batch, config.ppo, generator=state.generator, reduce=reduce)
+        ppo = config.ppo.scaled(
+            clip=config.clip_schedule.factor(state.step, config.updates),
+            entropy=config.entropy_schedule.factor(state.step, config.updates),
+        )
+        metrics |= update(policy, state.optimizer, batch, ppo, generator=state.generator, reduce=reduce)
         state.step += 1
         collector.publish(policy, state.step)
         end = time.perf_counter()
 
-        counts = reduce.sum(torch.tensor([len(rollout.behavior_logprobs), len(scored.scores)]))
+        counts = reduce.sum(torch.tensor([len(rollout.behavior_logprobs), rollout.num_episodes]))
         decisions = int(counts[0])
         state.decisions += decisions
         state.episodes += int(counts[1])

@@ -7,11 +7,7 @@ print(run.sample("Once upon"))
 
 from __future__ import annotations
 
-import signal
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -28,17 +24,19 @@ from heeler.ppo.schedules import Schedule
 from heeler.ppo.shaping import Truncation
 from heeler.ppo.update import PPOConfig
 from heeler.rewards.classifier import ClassifierReward
-from heeler.rewards.functions import FunctionReward, RewardFunction, load_function
+from heeler.rewards.functions import FunctionReward, RewardFunction
 from heeler.rollout.engines.hf import HFEngine
 from heeler.rollout.engines.native import NativeEngine
 from heeler.rollout.text import TextCollector
 from heeler.runtime import machine
-from heeler.runtime.configs import from_json, to_json
-from heeler.runtime.progress import progress, say
+from heeler.runtime.configs import from_json
+from heeler.runtime.packages import load_function
+from heeler.runtime.progress import progress
 from heeler.runtime.reduce import LocalReduce
 from heeler.runtime.runs import RunFolder
 from heeler.train.evaluate import Evaluation, evaluate_text
-from heeler.train.ppo import TrainState, UpdateReport, train_loop
+from heeler.train.ppo import Score, TrainState, UpdateReport
+from heeler.train.run import Run, begin, default_out, new_folder, restore, resume
 from heeler.train.scoring import make_score
 from heeler.types import Engine, HeelerError, Reward, Sampling
 
@@ -67,6 +65,7 @@ class TextConfig:
         loss_weighting: every token counts the same, or every sequence.
         lr, critic_lr: peak learning rates of AdamW.
         lr_schedule: their course over the run.
+        clip_schedule, entropy_schedule: factors on clip range and entropy coefficient over the run.
         adam_betas: of AdamW.
         weight_decay: of AdamW.
         advantage: GAE.
@@ -102,6 +101,8 @@ class TextConfig:
     lr: float = 1e-4
     critic_lr: float = 1e-3
     lr_schedule: Schedule = Schedule()
+    clip_schedule: Schedule = Schedule()
+    entropy_schedule: Schedule = Schedule()
     adam_betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     advantage: AdvantageConfig = AdvantageConfig()
@@ -117,9 +118,11 @@ class TextConfig:
     samples_logged: int = 4
 
 
-@dataclass
-class TextRun:
-    """An assembled run: everything that training, evaluation and sampling share."""
+@dataclass(kw_only=True)
+class TextRun(Run):
+    """A run on a language model: everything that training, evaluation and sampling share."""
+
+    verb = "ppo lm"
 
     config: TextConfig
     tokenizer: Any
@@ -129,10 +132,59 @@ class TextRun:
     judges: Mapping[str, Reward]
     prompts: PromptSet | None
     eval_prompts: PromptSet | None
-    state: TrainState
-    folder: RunFolder | None
-    notes: list[str]
-    summary: dict[str, Any]
+
+    def collector(self) -> TextCollector:
+        config = self.config
+        assert self.prompts is not None
+        return TextCollector(
+            self.engine, self.tokenizer, self.prompts, config.sampling,
+            prompts_per_update=config.prompts_per_update, samples_per_prompt=config.samples_per_prompt,
+            seed=config.seed, reduce=LocalReduce(), device=self.policy.device,
+        )  # fmt: skip
+
+    def score(self) -> Score:
+        return make_score(self)
+
+    def can_evaluate(self) -> bool:
+        return self.eval_prompts is not None
+
+    def figures(self, show: bool, note: str) -> dict[str, float]:
+        evaluation = self.evaluate(show)
+        if note == "before":
+            self.summary["eval/examples"] = [
+                {"prompt": p, "before": c, "reward/before": r}
+                for p, c, r in zip(evaluation.prompts[:8], evaluation.completions, evaluation.rewards, strict=False)
+            ]
+        elif note == "after":
+            examples = self.summary.get("eval/examples", [])
+            for example, text, value in zip(examples, evaluation.completions, evaluation.rewards, strict=False):
+                example |= {"after": text, "reward/after": value}
+        return evaluation.figures
+
+    def export(self, folder: Path) -> None:
+        export_policy(self, folder)
+
+    def describe(self, metrics: Mapping[str, float]) -> str:
+        return describe_update(metrics, self.config.updates)
+
+    def describe_evaluation(self, figures: Mapping[str, float]) -> str:
+        return f"reward {figures['reward']:.3f}, KL {figures['kl/ref']:.2f} nats"
+
+    def samples(self, report: UpdateReport) -> list[dict[str, Any]]:
+        rollout = report.scored.rollout
+        return [
+            {
+                "update": int(report.metrics["step"]),
+                "prompt": rollout.prompts[i],
+                "completion": rollout.completions[i],
+                "reward": float(report.scored.scores[i]),
+            }
+            for i in range(min(self.config.samples_logged, len(rollout.prompts)))
+        ]
+
+    def resolved(self) -> dict[str, Any]:
+        device = str(self.policy.device)
+        return {"precision": self.policy.precision, **super().resolved(), "device": device}
 
     def publish(self) -> None:
         self.engine.begin()
@@ -273,7 +325,7 @@ def build_text_run(
     ]
     return TextRun(
         config=config, tokenizer=tokenizer, policy=policy, engine=engine, reward=scorer, judges=judges,
-        prompts=loaded, eval_prompts=loaded_eval, state=state, folder=None, notes=notes, summary={},
+        prompts=loaded, eval_prompts=loaded_eval, state=state, notes=notes,
     )  # fmt: skip
 
 
@@ -310,25 +362,12 @@ def train_text(
         extra: written into summary.json as it is (a recipe's own figures).
         show: print progress.
     """
-    folder = RunFolder.create(config.out or default_out("lm"))
-    try:
+    with new_folder(config.out or default_out("lm")) as folder:
         run = build_text_run(config, prompts=prompts, eval_prompts=eval_prompts, reward=reward)
         if run.prompts is None:
             raise HeelerError('no prompts were given: --prompts FILE.jsonl with a "prompt" column')
-    except BaseException:
-        if not any(folder.path.iterdir()):
-            folder.path.rmdir()
-        raise
-    run.folder = folder
-    folder.write_config({
-        "verb": "ppo lm", "config": to_json(config),
-        "resolved": {"precision": run.policy.precision, "threads": torch.get_num_threads(), "notes": run.notes,
-                     "torch": torch.__version__, "device": str(run.policy.device)},
-    })  # fmt: skip
-    run.summary.update(extra or {})
-    folder.write_summary(run.summary)
-    _save(run, keep_best=None)  # from here on the run can be resumed
-    return _continue(run, on_update, show)
+    begin(run, folder, on_update, extra, show)
+    return run
 
 
 def resume_text(
@@ -343,17 +382,10 @@ def resume_text(
 ) -> TextRun:
     """Continue a run from its last checkpoint, to its own number of updates or to `updates`."""
     run = load_text_run(path, prompts=prompts, eval_prompts=eval_prompts, reward=reward, updates=updates)
-    assert run.folder is not None
-    if run.state.step >= run.config.updates:
-        raise HeelerError(
-            f"{path} is complete: it has done {run.state.step} updates; give a larger --updates N to go on"
-        )
     if run.prompts is None:
         raise HeelerError(f"{path} was trained on prompts given in Python: resume it there, with the same prompts")
-    run.folder.write_config({**run.folder.read_config(), "config": to_json(run.config)})
-    run.folder.forget_after(run.state.step)
-    say(f"continuing {path} after update {run.state.step}", show)
-    return _continue(run, on_update, show)
+    resume(run, on_update, show)
+    return run
 
 
 def load_text_run(
@@ -376,133 +408,9 @@ def load_text_run(
         threads=resolved["threads"],
         updates=updates or config.updates,
     )
-    step = folder.last_checkpoint()
-    if step is None:
-        raise HeelerError(f"{path} has no checkpoint to continue from")
     run = build_text_run(config, prompts=prompts, eval_prompts=eval_prompts, reward=reward)
-    run.folder = folder
-    checkpoint = folder.load_checkpoint(step)
-    run.policy.load_state_dict(checkpoint["weights"])
-    run.state.optimizer.load_state_dict(checkpoint["optimizer"])
-    run.state.generator.set_state(checkpoint["generator"])
-    machine.restore_random_states(checkpoint["random"])
-    for name in ("step", "kl_coef", "decisions", "episodes", "seconds"):
-        setattr(run.state, name, checkpoint["state"][name])
-    if (folder.path / "summary.json").exists():
-        from heeler.runtime.runs import read_json
-
-        run.summary = read_json(folder.path / "summary.json")
+    restore(run, folder)
     return run
-
-
-def _save(run: TextRun, keep_best: int | None) -> None:
-    assert run.folder is not None
-    state = run.state
-    run.folder.save_checkpoint(
-        state.step,
-        {
-            "weights": run.policy.state_dict(),
-            "optimizer": state.optimizer.state_dict(),
-            "generator": state.generator.get_state(),
-            "random": machine.random_states(),
-            "state": {name: getattr(state, name) for name in ("step", "kl_coef", "decisions", "episodes", "seconds")},
-        },
-        keep=[] if keep_best is None else [keep_best],
-    )
-
-
-def _continue(run: TextRun, on_update: Callable[[UpdateReport], None] | None, show: bool) -> TextRun:
-    """Train from the run's state to its end, evaluate and export."""
-    assert run.folder is not None
-    try:
-        return _train_and_export(run, on_update, show)
-    except KeyboardInterrupt as interrupt:
-        if interrupt.args:
-            raise
-        raise KeyboardInterrupt(f"interrupted; continue with: heeler resume {run.folder.path}") from None
-
-
-def _train_and_export(run: TextRun, on_update: Callable[[UpdateReport], None] | None, show: bool) -> TextRun:
-    config, state, folder, policy = run.config, run.state, run.folder, run.policy
-    assert folder is not None and run.prompts is not None
-    collector = TextCollector(
-        run.engine, run.tokenizer, run.prompts, config.sampling,
-        prompts_per_update=config.prompts_per_update, samples_per_prompt=config.samples_per_prompt,
-        seed=config.seed, reduce=LocalReduce(), device=policy.device,
-    )  # fmt: skip
-    for note in run.notes:
-        say(note, show)
-    if state.step == 0 and run.eval_prompts is not None:
-        say("evaluating before training", show)
-        before = run.evaluate(show)
-        run.summary["eval/before"] = before.figures
-        run.summary["eval/examples"] = [
-            {"prompt": p, "before": c, "reward/before": r}
-            for p, c, r in zip(before.prompts[:8], before.completions, before.rewards, strict=False)
-        ]
-        folder.write_summary(run.summary)
-    bar = progress(config.updates, "PPO", "update", done=state.step, show=show)
-    started = time.perf_counter()
-    with _interruptible() as interrupted:
-
-        def after_update(report: UpdateReport) -> bool:
-            evaluated = run.eval_prompts is not None and config.eval_every and state.step % config.eval_every == 0
-            if evaluated:
-                report = replace(report, metrics=report.metrics | _keep_if_best(run, show))
-            folder.log(report.metrics, _samples(report, config.samples_logged))
-            bar.update(1)
-            say(describe_update(report.metrics, config.updates), show)
-            if on_update is not None:
-                on_update(report)
-            best = run.summary.get("best", {}).get("step")
-            if state.step % config.checkpoint_every == 0 or interrupted.is_set() or state.step == config.updates:
-                _save(run, keep_best=best)
-            return not interrupted.is_set()
-
-        try:
-            train_loop(state, collector, make_score(run), config, LocalReduce(), after_update)
-        except HeelerError as error:
-            at = folder.last_checkpoint()
-            raise type(error)(
-                f"{error} [update {state.step + 1}; {folder.path} holds update {at}, continue it with:"
-                f" heeler resume {folder.path}]"
-            ) from error
-        finally:
-            bar.close()
-            folder.close()
-            run.summary["seconds/ppo"] = run.summary.get("seconds/ppo", 0.0) + time.perf_counter() - started
-            run.summary["peak_memory_gib"] = round(machine.peak_memory_gib(), 2)
-            run.summary["updates"] = state.step
-            run.summary |= {k: v for k, v in (folder.metrics() or [{}])[-1].items() if k != "step"}
-            folder.write_summary(run.summary)
-    if interrupted.is_set() and state.step < config.updates:
-        raise KeyboardInterrupt(f"stopped after update {state.step}; continue with: heeler resume {folder.path}")
-    export_policy(run, folder.path)
-    if run.eval_prompts is not None:
-        say("evaluating after training", show)
-        after = run.evaluate(show)
-        run.summary["eval/after"] = after.figures
-        for example, text, value in zip(
-            run.summary.get("eval/examples", []), after.completions, after.rewards, strict=False
-        ):
-            example |= {"after": text, "reward/after": value}
-    run.summary["peak_memory_gib"] = round(machine.peak_memory_gib(), 2)
-    folder.write_summary(run.summary)
-    return run
-
-
-def _keep_if_best(run: TextRun, show: bool) -> dict[str, float]:
-    """Evaluate; keep policy and checkpoint where the held-out reward is the best so far. Returns the figures."""
-    assert run.folder is not None
-    figures = run.evaluate(show).figures
-    say(f"  held-out reward {figures['reward']:.3f}, KL {figures['kl/ref']:.2f} nats", show)
-    best = run.summary.get("best")
-    if best is None or figures["reward"] > best["reward"]:
-        run.summary["best"] = {"step": run.state.step, **figures}
-        export_policy(run, run.folder.path / "best")
-        _save(run, keep_best=run.state.step)
-        run.folder.write_summary(run.summary)
-    return {f"eval/{name}": value for name, value in figures.items()}
 
 
 def export_policy(run: TextRun, folder: Path) -> None:
@@ -517,27 +425,6 @@ def export_policy(run: TextRun, folder: Path) -> None:
     save_file(run.policy.critic_state(), folder / "critic" / "critic.safetensors")
 
 
-@contextmanager
-def _interruptible() -> Iterator[threading.Event]:
-    """The first Ctrl-C finishes the running update and saves; the second stops at once."""
-    interrupted = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield interrupted
-        return
-
-    def handle(signum: int, frame: Any) -> None:
-        if interrupted.is_set():
-            raise KeyboardInterrupt("stopped at once: the last checkpoint stays")
-        interrupted.set()
-        say("\nstopping after this update (Ctrl-C again stops at once)")
-
-    before = signal.signal(signal.SIGINT, handle)
-    try:
-        yield interrupted
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 def describe_update(metrics: Mapping[str, float], total: int) -> str:
     reward = metrics.get("reward/probability", metrics["reward/mean"])
     return (
@@ -545,26 +432,3 @@ def describe_update(metrics: Mapping[str, float], total: int) -> str:
         f"  clipped {metrics['policy/clip_fraction']:4.0%}  explained {metrics['value/explained_variance']:5.2f}"
         f"  length {metrics['completion/length']:5.1f}  {metrics['decisions_per_second']:5.0f} tokens/s"
     )
-
-
-def _samples(report: UpdateReport, count: int) -> list[dict[str, Any]]:
-    rollout = report.scored.rollout
-    return [
-        {
-            "update": int(report.metrics["step"]),
-            "prompt": rollout.prompts[i],
-            "completion": rollout.completions[i],
-            "reward": float(report.scored.scores[i]),
-        }
-        for i in range(min(count, len(rollout.prompts)))
-    ]
-
-
-def default_out(name: str) -> str:
-    """runs/NAME, with a number where that exists."""
-    base, number = Path("runs") / name, 1
-    path = base
-    while path.exists():
-        number += 1
-        path = base.with_name(f"{name}-{number}")
-    return str(path)

@@ -45,7 +45,7 @@ def work(rank, folder):
     share = numbers()[:3] if rank == 0 else numbers()[3:]
     results["white"] = whiten(share, torch.ones_like(share), reduce)
     merged = RunningMoments().merge(share, reduce)
-    results["running"] = (merged.count, merged.mean, merged.var)
+    results["running"] = (merged.count, float(merged.mean), float(merged.var))
 
     policy = TablePolicy()
     batch = select_batch(make_batch(policy), SHARES[rank])
@@ -89,7 +89,7 @@ def test_whitening_by_two_processes_is_whitening_by_one(processes):
 def test_running_moments_of_two_processes_are_those_of_one(processes):
     expected = RunningMoments().merge(numbers(), LocalReduce())
     for p in processes:
-        assert p["running"] == pytest.approx((10.0, expected.mean, expected.var), rel=1e-12)
+        assert p["running"] == pytest.approx((10.0, float(expected.mean), float(expected.var)), rel=1e-12)
 
 
 def test_an_update_by_two_processes_is_the_update_by_one(processes):

@@ -1,0 +1,417 @@
+"""Vector environments behind one door: Gymnasium's, ale-py's and EnvPool's, with either kind of autoreset.
+
+| autoreset | what `step` returns where an episode ends | what follows |
+|---|---|---|
+| SAME_STEP | the first observation of the next episode; the final one in `info["final_obs"]` | a decision |
+| NEXT_STEP | the final observation | a dummy step, whose action is ignored: no decision |
+
+`VectorEnvironment.step` says which steps were dummies, so that the collector can drop them, and hands over the final
+observations of SAME_STEP. Everything else is the same for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from heeler.envs.spaces import MASK_KEY, Array, ObservationReader, Observations, action_spec, to_environment
+from heeler.runtime.packages import load_function, require
+from heeler.types import HeelerError
+
+Autoreset = Literal["same-step", "next-step"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sync:
+    """Gymnasium's SyncVectorEnv: one after the other in this process. Fastest for cheap environments."""
+
+    autoreset: Autoreset = "same-step"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Async:
+    """Gymnasium's AsyncVectorEnv: a process for each environment. For slow environments and many cores."""
+
+    autoreset: Autoreset = "same-step"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vectorized:
+    """The environment's own vectorised version (`gymnasium.make_vec`), where it has one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvPool:
+    """EnvPool's version in C++, where it has one (`pip install envpool`).
+
+    EnvPool sets `truncated` wherever the time limit is reached: a real end on the very last allowed step looks
+    truncated, and is bootstrapped.
+
+    Attributes:
+        threads: of EnvPool; 0 takes one for each core.
+    """
+
+    threads: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Atari:
+    """ale-py's AtariVectorEnv: the whole preprocessing in C++, on threads of its own.
+
+    Rewards arrive raw and episodes are whole games; `sign_rewards` and `life_is_episode` change only what is learned
+    from.
+
+    Attributes:
+        autoreset: of the vector environment.
+        threads: of ale-py; 0 takes one for each core.
+        sign_rewards: learn from the sign of each reward.
+        life_is_episode: returns do not flow across the loss of a life.
+        sticky_actions: probability that an action repeats the one before (0.25 in the evaluation protocol of Machado
+            et al., 2018; 0 in the PPO paper).
+        noop_max: random no-ops at the start of a game.
+        frameskip: frames of one decision; the last two are merged by their maximum.
+        stack: frames in an observation.
+        full_action_space: all 18 actions.
+    """
+
+    autoreset: Autoreset = "same-step"
+    threads: int = 0
+    sign_rewards: bool = True
+    life_is_episode: bool = True
+    sticky_actions: float = 0.0
+    noop_max: int = 30
+    frameskip: int = 4
+    stack: int = 4
+    full_action_space: bool = False
+
+
+Backend = Sync | Async | Vectorized | EnvPool | Atari
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvConfig:
+    """Which environment, how many, and how they are stepped.
+
+    Attributes:
+        id: a Gymnasium id, "module:Name" of an environment class or function, or a game of ale-py for `Atari`.
+        kwargs: keyword arguments of the environment.
+        wrappers: "module:function" applied to each environment, the first one innermost.
+        num_envs: environments that are stepped together.
+        backend: how.
+    """
+
+    id: str
+    kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    wrappers: tuple[str, ...] = ()
+    num_envs: int = 8
+    backend: Backend = Sync()
+
+
+class Step(NamedTuple):
+    """What one action of each environment led to.
+
+    Attributes:
+        observations: `[n, ...]` what the policy looks at next.
+        rewards: `[n]` float64, raw.
+        terminated, truncated: `[n]` bool, of the episode.
+        lost_life: `[n]` bool, the future is cut off although the episode goes on; None where that never happens.
+        dummies: `[n]` bool, this step only reset the environment; None where none did.
+        final: indices `[k]` and observations `[k, ...]` of episodes that ended and were reset at once, or None.
+        masks: `[n, M]` bool, allowed actions at `observations`, or None.
+    """
+
+    observations: Observations
+    rewards: Array
+    terminated: Array
+    truncated: Array
+    lost_life: Array | None
+    dummies: Array | None
+    final: tuple[Array, Observations] | None
+    masks: Array | None
+
+
+def make_one(config: EnvConfig, render_mode: str | None = None) -> Any:
+    """One environment, with the user's wrappers."""
+    require("gymnasium", "control")
+    import gymnasium
+
+    kwargs = dict(config.kwargs) | ({"render_mode": render_mode} if render_mode else {})
+    try:
+        if ":" in config.id:
+            env = load_function(config.id, "environment", "my_envs:Maze")(**kwargs)
+        else:
+            _register(config.id)
+            env = gymnasium.make(config.id, disable_env_checker=True, **kwargs)
+    except HeelerError:
+        raise
+    except gymnasium.error.UnregisteredEnv as error:
+        raise HeelerError(f"there is no environment {config.id!r}{_nearest(config.id)}") from error
+    except gymnasium.error.DependencyNotInstalled as error:
+        raise HeelerError(
+            f"{config.id} needs a package that is not installed ({error}): {_extra(config.id)}"
+        ) from error
+    except Exception as error:
+        raise HeelerError(f"{config.id} cannot be made: {type(error).__name__}: {error}") from error
+    for spec in config.wrappers:
+        env = load_function(spec, "wrapper", "my_envs:wrap")(env)
+    if not isinstance(env, gymnasium.Env):
+        raise HeelerError(f"{config.id} is a {type(env).__name__}, not a gymnasium.Env")
+    return env
+
+
+def _register(id: str) -> None:
+    if id.startswith("ALE/") or "NoFrameskip" in id:
+        require("ale_py", "atari")
+        import ale_py
+        import gymnasium
+
+        gymnasium.register_envs(ale_py)
+
+
+def _extra(id: str) -> str:
+    import gymnasium
+
+    spec = gymnasium.registry.get(id)
+    entry = str(spec.entry_point) if spec is not None else ""
+    extra = next((e for e in ("box2d", "mujoco") if e in entry), "control")
+    return f"pip install 'heeler[{extra}]'"
+
+
+def _nearest(id: str) -> str:
+    from difflib import get_close_matches
+
+    import gymnasium
+
+    known = [name for name in gymnasium.registry if "/" not in name or name.startswith("ALE/")]
+    by_lower = {name.lower(): name for name in known}
+    close = [by_lower[name] for name in get_close_matches(id.lower(), list(by_lower), n=3, cutoff=0.5)]
+    return f" (did you mean {' or '.join(close)}?)" if close else ": is the package that registers it imported?"
+
+
+def make_vector(config: EnvConfig, seed: int) -> VectorEnvironment:
+    """The vector environment that the config describes."""
+    require("gymnasium", "control")
+    import gymnasium
+    from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+
+    if config.num_envs < 1:
+        raise HeelerError(f"num_envs must be at least 1, not {config.num_envs}")
+    backend = config.backend
+    if config.wrappers and not isinstance(backend, (Sync, Async)):
+        raise HeelerError(f"{type(backend).__name__} environments take no wrappers: use the sync or async backend")
+    match backend:
+        case Sync() | Async():
+            mode = AutoresetMode.SAME_STEP if backend.autoreset == "same-step" else AutoresetMode.NEXT_STEP
+            make: list[Callable[[], Any]] = [lambda: make_one(config)] * config.num_envs
+            if isinstance(backend, Sync):
+                env: Any = SyncVectorEnv(make, copy=False, autoreset_mode=mode)
+            else:
+                make_one(config).close()  # a mistake in the config is told here, not from a worker
+                env = AsyncVectorEnv(make, copy=True, autoreset_mode=mode)
+        case Vectorized():
+            make_one(config).close()
+            if gymnasium.spec(config.id).vector_entry_point is None:
+                raise HeelerError(f"{config.id} has no vectorised version: use --env.backend:sync")
+            env = gymnasium.make_vec(
+                config.id, num_envs=config.num_envs, vectorization_mode="vector_entry_point", **config.kwargs
+            )
+        case EnvPool():
+            require("envpool", "envpool")
+            env = _make_envpool(config, backend, seed)
+        case Atari():
+            require("ale_py", "atari")
+            env = _make_atari(config, backend)
+    return VectorEnvironment(env, config)
+
+
+def _make_envpool(config: EnvConfig, backend: EnvPool, seed: int) -> Any:
+    import warnings
+
+    import envpool
+
+    if config.id not in envpool.list_all_envs():
+        raise HeelerError(f"EnvPool has no environment {config.id!r}: use the sync backend")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return envpool.make(
+            config.id,
+            env_type="gymnasium",
+            num_envs=config.num_envs,
+            seed=seed,
+            num_threads=backend.threads,
+            **config.kwargs,
+        )
+
+
+def _make_atari(config: EnvConfig, backend: Atari) -> Any:
+    from ale_py import roms
+    from ale_py.vector_env import AtariVectorEnv
+
+    game = config.id.removeprefix("ALE/").partition("-")[0].removesuffix("NoFrameskip")
+    game = "".join(f"_{c.lower()}" if c.isupper() else c for c in game).lstrip("_")
+    if roms.get_rom_path(game) is None:
+        from difflib import get_close_matches
+
+        close = get_close_matches(game, roms.get_all_rom_ids(), n=3, cutoff=0.5)
+        hint = f" (did you mean {' or '.join(close)}?)" if close else ""
+        raise HeelerError(f"there is no Atari game {config.id!r}{hint}")
+    # raw rewards, and whole games: with episodic_life=True this class starts a new game at each lost life
+    return AtariVectorEnv(
+        game,
+        config.num_envs,
+        num_threads=backend.threads,
+        autoreset_mode="SameStep" if backend.autoreset == "same-step" else "NextStep",
+        repeat_action_probability=backend.sticky_actions,
+        noop_max=backend.noop_max,
+        frameskip=backend.frameskip,
+        stack_num=backend.stack,
+        full_action_space=backend.full_action_space,
+        reward_clipping=False,
+        episodic_life=False,
+        **config.kwargs,
+    )
+
+
+class VectorEnvironment:
+    """A vector environment as the collector uses it.
+
+    Attributes:
+        observations: the spec of what the policy looks at.
+        actions: the spec of what it chooses.
+        same_step: whether episodes are reset in the step that ends them.
+    """
+
+    def __init__(self, env: Any, config: EnvConfig) -> None:
+        self.env = env
+        self.config = config
+        self.num_envs: int = config.num_envs
+        single_observations = getattr(env, "single_observation_space", None)
+        single_actions = getattr(env, "single_action_space", None)
+        if isinstance(config.backend, EnvPool):
+            single_observations, single_actions = env.observation_space, env.action_space
+        self.reader = ObservationReader(single_observations, config.id)
+        self.observations = self.reader.spec
+        self.actions = action_spec(single_actions, config.id)
+        mode = getattr(env, "metadata", {}).get("autoreset_mode") if not isinstance(config.backend, EnvPool) else None
+        self.same_step = str(getattr(mode, "value", mode)) == "SameStep"
+        self._over = np.zeros(self.num_envs, dtype=bool)
+        self._lives: Array | None = None
+        self._steps = 0
+
+    def reset(self, seed: int | None) -> tuple[Observations, Array | None]:
+        """Start an episode in every environment; observations and masks."""
+        try:
+            if isinstance(self.config.backend, EnvPool):
+                observations, info = self.env.reset()
+            else:
+                observations, info = self.env.reset(seed=seed)
+        except Exception as error:
+            raise HeelerError(f"{self.config.id} failed in reset: {_told(error)}") from error
+        self._over = np.zeros(self.num_envs, dtype=bool)
+        self._lives = self._lives_of(info)
+        return self.reader.read(observations), self._masks(observations, info)
+
+    def step(self, actions: Array) -> Step:
+        """Take one action (as stored by the collector) in each environment."""
+        try:
+            observations, rewards, terminated, truncated, info = self.env.step(to_environment(self.actions, actions))
+        except Exception as error:
+            raise HeelerError(
+                f"{self.config.id} failed in step {self._steps + 1} of the vector environment: {_told(error)}"
+            ) from error
+        self._steps += 1
+        over = terminated | truncated
+        dummies = final = lost_life = None
+        if self.same_step:
+            if over.any():
+                indices = np.flatnonzero(over)
+                final = indices, self._final(info, indices)
+        elif self._over.any():
+            dummies = self._over
+        if isinstance(self.config.backend, Atari) and self.config.backend.life_is_episode:
+            lives = self._lives_of(info)
+            assert lives is not None and self._lives is not None
+            lost_life = (lives < self._lives) & ~over
+            if dummies is not None:
+                lost_life &= ~dummies
+            self._lives = lives
+        self._over = over
+        return Step(
+            self.reader.read(observations), np.asarray(rewards, dtype=np.float64), terminated, truncated,
+            lost_life, dummies, final, self._masks(observations, info),
+        )  # fmt: skip
+
+    def _final(self, info: Mapping[str, Any], indices: Array) -> Observations:
+        """The last observations of the episodes that ended: Gymnasium gives one object each, ale-py a dense array."""
+        final = info["final_obs"]
+        if isinstance(final, dict):  # a dict space arrives as a dict of arrays, or as one of object arrays
+            return self.reader.read({k: _stacked(v, indices) for k, v in final.items()})
+        stacked = final[indices]
+        if stacked.dtype == object:
+            if isinstance(stacked[0], dict):
+                return self.reader.read({k: np.stack([o[k] for o in stacked]) for k in stacked[0]})
+            if isinstance(stacked[0], tuple):
+                return self.reader.read(tuple(np.stack([o[i] for o in stacked]) for i in range(len(stacked[0]))))
+            stacked = np.stack([np.asarray(o) for o in stacked])
+        return self.reader.read(stacked)
+
+    def _lives_of(self, info: Mapping[str, Any]) -> Array | None:
+        lives = info.get("lives")
+        return None if lives is None else np.array(lives)
+
+    def _masks(self, observations: Any, info: Mapping[str, Any]) -> Array | None:
+        masks = self.reader.masks(observations)
+        if masks is None:
+            given = info.get(MASK_KEY)
+            if given is None:
+                return None
+            masks = np.stack([np.asarray(m).ravel() for m in given]).astype(bool) if len(given) else None
+            present = info.get(f"_{MASK_KEY}")
+            if masks is not None and present is not None and not present.all():
+                masks[~present] = True
+        if masks is None:
+            return None
+        if masks.shape[1] != self.actions.mask_size:
+            raise HeelerError(
+                f"{self.config.id} gives an action mask of {masks.shape[1]} entries, but its actions need"
+                f" {self.actions.mask_size or 'none: only Discrete and MultiDiscrete actions can be masked'}"
+            )
+        return masks
+
+    def save_state(self) -> dict[str, Any] | None:
+        """What continues every episode exactly where it is, or None where that cannot be done."""
+        from heeler.envs.state import save_states
+
+        if not isinstance(self.config.backend, Sync):
+            return None
+        states = save_states(self.env)
+        return None if states is None else {"envs": states, "over": self._over.copy()}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        from heeler.envs.state import load_states
+
+        self._over = np.array(state["over"])
+        load_states(self.env, state["envs"], self._over)
+
+    def close(self) -> None:
+        close = getattr(self.env, "close", None)
+        if close is not None:
+            try:
+                close()
+            except Exception:  # a worker that died has nothing left to close
+                self.env = None
+
+
+def _stacked(values: Any, indices: Array) -> Array:
+    chosen = values[indices]
+    return np.stack([np.asarray(v) for v in chosen]) if chosen.dtype == object else chosen
+
+
+def _told(error: BaseException) -> str:
+    if isinstance(error, (EOFError, BrokenPipeError, ConnectionError)):
+        return "a worker process died (out of memory, or killed?)"
+    told = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {told[-1] if told else 'no message'}"

@@ -1,0 +1,391 @@
+"""PPO for environments: assembling policy, vector environment and statistics into a run.
+
+from heeler import GymConfig, EnvConfig, train_gym
+run = train_gym(GymConfig(env=EnvConfig(id="CartPole-v1"), steps=100_000))
+print(run.summary["eval/after"])
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from heeler.envs.vector import Atari as AtariBackend
+from heeler.envs.vector import EnvConfig, VectorEnvironment, make_vector
+from heeler.policies.actor_critic import ActorCritic
+from heeler.policies.networks import MLP, Network
+from heeler.policies.steps import Steps, pick
+from heeler.ppo.advantages import AdvantageConfig
+from heeler.ppo.moments import RunningMoments
+from heeler.ppo.schedules import Schedule
+from heeler.ppo.shaping import segment_sums
+from heeler.ppo.update import PPOConfig
+from heeler.rollout.vector import VectorCollector, VectorRollout
+from heeler.runtime import machine
+from heeler.runtime.configs import from_json, to_json
+from heeler.runtime.reduce import LocalReduce
+from heeler.runtime.runs import RunFolder, write_json
+from heeler.train.ppo import Score, TrainState
+from heeler.train.run import OnUpdate, Run, begin, default_out, new_folder, restore, resume
+from heeler.train.scoring import LOGPROB_TOLERANCE, check_paths
+from heeler.types import CheckFailed, Collector, Rollout, ScoredRollout
+
+
+@dataclass(frozen=True, kw_only=True)
+class GymConfig:
+    """A PPO run in an environment. Batch sizes are global.
+
+    Attributes:
+        env: which environment, how many, how they are stepped.
+        out: the run folder; runs/NAME where None.
+        seed: of the environments and of every draw.
+        steps: environment steps of the whole run.
+        updates: PPO updates; as many as `steps` needs where 0.
+        num_steps: steps of each environment in one update.
+        network: what turns observations into features.
+        memory: size of an LSTM behind the network; 0 for none.
+        shared: actor and critic share the network.
+        log_std: initial log standard deviation of continuous actions.
+        normalize_observations: by running mean and standard deviation, clipped to +-10.
+        scale_rewards: divide by the running standard deviation of the discounted return, clip to +-10.
+        lr: peak learning rate of Adam.
+        lr_schedule: its course over the run.
+        clip_schedule: a factor on the clip range over the run.
+        entropy_schedule: a factor on the entropy coefficient over the run.
+        adam_eps: of Adam.
+        advantage: GAE.
+        ppo: the update.
+        eval_episodes: episodes of an evaluation; 0 never evaluates.
+        eval_every: evaluate each N updates and keep the best policy; 0 evaluates before and after only.
+        eval_deterministic: evaluate the most likely actions instead of draws.
+        device: "auto" takes a GPU where there is one and the network has images or memory.
+        threads: CPU threads of torch; None takes one for small networks, all for images and memory.
+        checkpoint_every: updates between checkpoints.
+    """
+
+    env: EnvConfig
+    out: str | None = None
+    seed: int = 1
+    steps: int = 1_000_000
+    updates: int = 0
+    num_steps: int = 128
+    network: Network = MLP()
+    memory: int = 0
+    shared: bool = False
+    log_std: float = 0.0
+    normalize_observations: bool = False
+    scale_rewards: bool = False
+    lr: float = 3e-4
+    lr_schedule: Schedule = Schedule(shape="linear")
+    clip_schedule: Schedule = Schedule()
+    entropy_schedule: Schedule = Schedule()
+    adam_eps: float = 1e-5
+    advantage: AdvantageConfig = AdvantageConfig(gamma=0.99, lam=0.95)
+    ppo: PPOConfig = PPOConfig(epochs=4, minibatches=4, max_grad_norm=0.5, token_budget=65536)
+    eval_episodes: int = 10
+    eval_every: int = 0
+    eval_deterministic: bool = True
+    device: str = "auto"
+    threads: int | None = None
+    checkpoint_every: int = 100
+
+
+class RewardScaler:
+    """r / std of the discounted return so far, clipped [Engstrom et al., 2020].
+
+    The return of each environment runs on from rollout to rollout and starts anew with each episode.
+    """
+
+    def __init__(self, num_envs: int, gamma: float, clip: float = 10.0) -> None:
+        self.gamma, self.clip = gamma, clip
+        self.moments = RunningMoments()
+        self.returns = torch.zeros(num_envs, dtype=torch.float64)
+
+    def __call__(self, rewards: Tensor, rollout: VectorRollout) -> Tensor:
+        """Scaled rewards `[N]`, by statistics that these rewards have entered already."""
+        offsets, env = rollout.offsets.cpu(), rollout.prompt_ids
+        lengths = offsets.diff()
+        num_segments = len(lengths)
+        given = rewards.double().cpu()
+        first = torch.ones(num_segments, dtype=torch.bool)
+        first[1:] = env[1:] != env[:-1]
+        carry = torch.where(first, self.returns[env], torch.zeros(num_segments, dtype=torch.float64))
+        segment = torch.repeat_interleave(torch.arange(num_segments), lengths)
+        position = torch.arange(len(given)) - offsets[segment]
+        grid = torch.zeros(int(lengths.max()), num_segments, dtype=torch.float64)
+        grid[position, segment] = given
+        for t in range(len(grid)):
+            carry = self.gamma * carry + grid[t]
+            grid[t] = carry
+        returns = grid[position, segment]
+        self.moments = self.moments.merge(returns, LocalReduce())
+        after = torch.where(rollout.ended, torch.zeros_like(carry), returns[offsets[1:] - 1])
+        last = torch.ones(num_segments, dtype=torch.bool)
+        last[:-1] = first[1:]
+        self.returns[env[last]] = after[last]
+        std = float((self.moments.var + 1e-8).sqrt())
+        return (rewards / std).clamp(-self.clip, self.clip)
+
+
+@dataclass(kw_only=True)
+class GymRun(Run):
+    """A run in an environment: everything that training, evaluation and export share."""
+
+    verb = "ppo gym"
+
+    config: GymConfig
+    policy: ActorCritic
+    env: VectorEnvironment
+    collecting: VectorCollector
+    scaler: RewardScaler | None
+    recent: deque[float]
+
+    def collector(self) -> Collector:
+        return self.collecting
+
+    def score(self) -> Score:
+        return make_score(self)
+
+    def can_evaluate(self) -> bool:
+        return self.config.eval_episodes > 0
+
+    def evaluate(
+        self, episodes: int | None = None, deterministic: bool | None = None, show: bool = False
+    ) -> dict[str, float]:
+        """Returns over whole episodes of environments of their own."""
+        from heeler.train.evaluate_control import evaluate_policy
+
+        config = self.config
+        return evaluate_policy(
+            self.policy,
+            config.env,
+            episodes=config.eval_episodes if episodes is None else episodes,
+            deterministic=config.eval_deterministic if deterministic is None else deterministic,
+            seed=config.seed + 10_000,
+            show=show,
+        )
+
+    def figures(self, show: bool, note: str) -> dict[str, float]:
+        return self.evaluate(show=show)
+
+    def export(self, folder: Path) -> None:
+        export_policy(self.policy, self.config, folder / "policy")
+
+    def describe(self, metrics: Mapping[str, float]) -> str:
+        config = self.config
+        shown = f"{metrics['episode/return_100']:8.2f}" if len(self.recent) else "       -"
+        return (
+            f"{int(metrics['decisions']):9,d}/{config.steps:,d}  return {shown}"
+            f"  length {metrics['episode/length_100']:6.1f}  KL {metrics['kl/old_new']:.4f}"
+            f"  clipped {metrics['policy/clip_fraction']:4.0%}  explained {metrics['value/explained_variance']:5.2f}"
+            f"  {metrics['decisions_per_second']:7,.0f} steps/s"
+        )
+
+    def describe_evaluation(self, figures: Mapping[str, float]) -> str:
+        return f"return {figures['reward']:.1f} ± {figures['reward/std']:.1f} over {figures['episodes']:.0f} episodes"
+
+    def resolved(self) -> dict[str, Any]:
+        return {**super().resolved(), "device": str(self.policy.device)}
+
+    def save_state(self) -> dict[str, Any]:
+        scaler = self.scaler
+        return {
+            "collector": self.collecting.save_state() if self.collecting.observations is not None else None,
+            "scaler": None if scaler is None else {
+                "count": scaler.moments.count, "mean": scaler.moments.mean, "var": scaler.moments.var,
+                "returns": scaler.returns,
+            },
+            "recent": [list(pair) for pair in self.recent],  # pyright: ignore
+        }  # fmt: skip
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        scaler = state["scaler"]
+        if self.scaler is not None and scaler is not None:
+            self.scaler.moments = RunningMoments(count=scaler["count"], mean=scaler["mean"], var=scaler["var"])
+            self.scaler.returns = scaler["returns"]
+        self.recent.extend(tuple(pair) for pair in state["recent"])
+        self.collecting.policy = self.policy
+        if state["collector"] is not None and not self.collecting.load_state(state["collector"], self.state.step):
+            self.notes.append(
+                f"the state of {self.config.env.id} cannot be restored here: its episodes start anew, so the numbers"
+                " go on differently than without the interruption"
+            )
+            if self.scaler is not None:
+                self.scaler.returns.zero_()
+
+
+def make_score(run: GymRun) -> Score:
+    """The scoring stage of environments: old log-probabilities, values, bootstraps, scaled rewards, and the checks."""
+    config, policy = run.config, run.policy
+    backend = config.env.backend
+    signed = isinstance(backend, AtariBackend) and backend.sign_rewards
+
+    def score(rollout: Rollout, state: TrainState) -> tuple[ScoredRollout, dict[str, float]]:
+        assert isinstance(rollout, VectorRollout)
+        inputs: Any = rollout.inputs
+        with torch.no_grad():
+            if isinstance(inputs, Steps):
+                old, values = score_steps(policy, inputs, config.ppo.token_budget)
+                needed = torch.nonzero(~rollout.terminated).squeeze(1)
+                bootstrap = torch.zeros(len(rollout.terminated), device=old.device)
+                if len(needed):
+                    bootstrap[needed] = policy.parameters_and_values(pick(rollout.final_observations, needed))[1]
+            else:
+                output, after = policy.evaluate_with_final(inputs, rollout.final_observations)
+                old, values = output.logprobs, output.values
+                bootstrap = torch.where(rollout.terminated, torch.zeros_like(after), after)
+        if bool((rollout.policy_versions != state.step).any()):
+            raise CheckFailed(f"the environments were stepped with other weights than those of update {state.step}")
+        gap = (rollout.behavior_logprobs - old).abs()
+        check_paths(gap, torch.zeros_like(gap), state.step, LOGPROB_TOLERANCE["fp32"])
+        rewards = rollout.step_rewards.to(old.dtype)
+        scores = segment_sums(rewards, rollout.offsets)
+        learned = rewards.sign() if signed else rewards
+        if run.scaler is not None:
+            learned = run.scaler(learned, rollout)
+        ones = torch.ones_like(old)
+        scored = ScoredRollout(
+            rollout=rollout, scores=scores, rewards=learned, old_logprobs=old, ref_logprobs=old, values=values,
+            bootstrap=bootstrap, policy_weights=ones, value_weights=ones, components={},
+        )  # fmt: skip
+        returns, lengths = rollout.episode_returns, rollout.episode_lengths
+        run.recent.extend(zip(returns.tolist(), lengths.tolist(), strict=True))  # pyright: ignore
+        recent = np.array(run.recent) if run.recent else np.full((1, 2), math.nan)
+        some = len(returns) > 0
+        return scored, {
+            "reward/mean": float(returns.mean()) if some else math.nan,
+            "reward/std": float(returns.std()) if some else math.nan,
+            "episode/return_100": float(recent[:, 0].mean()),
+            "episode/length_100": float(recent[:, 1].mean()),
+            "kl/ref": 0.0,  # there is no reference
+            "completion/length": float(lengths.mean()) if some else math.nan,
+            "completion/truncated_fraction": float((~rollout.terminated).float().mean()),
+            "engine/logprob_gap": float(gap.mean()),
+        }
+
+    return score
+
+
+def score_steps(policy: ActorCritic, inputs: Steps, budget: int) -> tuple[Tensor, Tensor]:
+    """Old log-probabilities and values of steps, `budget` at a time."""
+    parts = [policy.evaluate(inputs.select(slice(i, i + budget))) for i in range(0, len(inputs.actions), budget)]
+    return torch.cat([p.logprobs for p in parts]), torch.cat([p.values for p in parts])
+
+
+def build_gym_run(config: GymConfig) -> GymRun:
+    """Make the environments and the policy; nothing is written yet."""
+    machine.keep_freed_memory()
+    small = isinstance(config.network, MLP) and not config.memory
+    machine.set_threads(config.threads or (1 if small else None))
+    machine.seed_everything(config.seed)
+    device = machine.choose_device("cpu" if small and config.device == "auto" else config.device)
+    if not config.updates:
+        config = replace(config, updates=max(1, math.ceil(config.steps / (config.env.num_envs * config.num_steps))))
+    config = replace(config, steps=config.updates * config.env.num_envs * config.num_steps)
+    env = make_vector(config.env, config.seed)
+    policy = ActorCritic(
+        env.observations,
+        env.actions,
+        config.network,
+        memory=config.memory,
+        shared=config.shared,
+        log_std=config.log_std,
+        normalize=config.normalize_observations,
+    ).to(device)
+    parameters = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.Adam(
+        [{"params": parameters, "name": "policy", "base_lr": config.lr}], lr=config.lr, eps=config.adam_eps, fused=True
+    )
+    state = TrainState(
+        policy=policy, optimizer=optimizer, generator=torch.Generator().manual_seed(config.seed), kl_coef=0.0
+    )
+    collecting = VectorCollector(env, config.num_steps, config.seed)
+    scaler = RewardScaler(config.env.num_envs, config.advantage.gamma) if config.scale_rewards else None
+    notes = [
+        f"{config.env.id}: {config.env.num_envs} environments ({type(config.env.backend).__name__}), observations"
+        f" {_describe_observations(env)}, actions {env.actions.kind} {env.actions.sizes}",
+        f"{device}, {torch.get_num_threads()} thread(s), {sum(p.numel() for p in parameters):,} weights;"
+        f" {config.updates} updates of {config.env.num_envs} x {config.num_steps} steps",
+    ]
+    return GymRun(
+        config=config, policy=policy, env=env, collecting=collecting, scaler=scaler, state=state, notes=notes,
+        recent=deque(maxlen=100),
+    )  # fmt: skip
+
+
+def _describe_observations(env: VectorEnvironment) -> str:
+    parts = [f"vector of {env.observations.vector}"] if env.observations.vector else []
+    parts += [f"image {name} {shape}" for name, shape in env.observations.images]
+    return " and ".join(parts)
+
+
+def train_gym(
+    config: GymConfig,
+    *,
+    on_update: OnUpdate | None = None,
+    extra: Mapping[str, Any] | None = None,
+    show: bool = True,
+) -> GymRun:
+    """Train, and leave a run folder.
+
+    Args:
+        config: the run.
+        on_update: called after each update.
+        extra: written into summary.json as it is.
+        show: print progress.
+    """
+    name = config.env.id.rpartition("/")[2].rpartition(":")[2].lower()
+    with new_folder(config.out or default_out(name)) as folder:
+        run = build_gym_run(config)
+    try:
+        begin(run, folder, on_update, extra, show)
+    finally:
+        run.env.close()
+    return run
+
+
+def load_gym_run(path: str | Path, updates: int | None = None) -> GymRun:
+    """Assemble a run from its folder and put it into the state of its last checkpoint."""
+    folder = RunFolder.open(path)
+    saved = folder.read_config()
+    config: GymConfig = from_json(GymConfig, saved["config"], str(folder.path / "config.json"))
+    config = replace(config, out=str(path), threads=saved["resolved"]["threads"], updates=updates or config.updates)
+    run = build_gym_run(config)
+    restore(run, folder)
+    return run
+
+
+def resume_gym(
+    path: str | Path, *, updates: int | None = None, on_update: OnUpdate | None = None, show: bool = True
+) -> GymRun:
+    """Continue a run from its last checkpoint, to its own number of updates or to `updates`."""
+    run = load_gym_run(path, updates)
+    try:
+        resume(run, on_update, show)
+    finally:
+        run.env.close()
+    return run
+
+
+# exported policies --------------------------------------------------------------------------------------------
+
+
+def export_policy(policy: ActorCritic, config: GymConfig, folder: Path) -> None:
+    """`policy/`: weights with the observation statistics, and what is needed to build the networks again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(policy.state_dict(), folder / "weights.pt")
+    write_json(
+        folder / "policy.json",
+        {
+            "observations": to_json(policy.observations), "actions": to_json(policy.actions),
+            "config": to_json(config),
+        },
+    )  # fmt: skip

@@ -1,0 +1,280 @@
+"""The life of a PPO run, whatever it trains: the folder, the loop, interrupts, evaluation, checkpoints, the end."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from heeler.runtime import machine
+from heeler.runtime.configs import to_json
+from heeler.runtime.progress import progress, say
+from heeler.runtime.reduce import LocalReduce
+from heeler.runtime.runs import RunFolder, read_json
+from heeler.train.ppo import LoopConfig, Score, TrainState, UpdateReport, train_loop
+from heeler.types import Collector, HeelerError
+
+COUNTERS = ("step", "kl_coef", "decisions", "episodes", "seconds")
+OnUpdate = Callable[[UpdateReport], None]
+
+
+class RunConfig(LoopConfig, Protocol):
+    """What the life of a run reads of its config."""
+
+    @property
+    def eval_every(self) -> int: ...
+    @property
+    def checkpoint_every(self) -> int: ...
+
+
+@dataclass(kw_only=True)
+class Run:
+    """An assembled run. Subclasses say how to collect, score, evaluate and export.
+
+    Attributes:
+        config: frozen; written into config.json.
+        state: what training changes.
+        folder: where it is written; None until training begins.
+        notes: what was chosen at start, for the log and config.json.
+        summary: becomes summary.json.
+    """
+
+    verb = ""
+    best_figure = "reward"  # of an evaluation: the policy with the highest is kept
+
+    config: Any
+    state: TrainState
+    folder: RunFolder | None = None
+    notes: list[str]
+    summary: dict[str, Any] = field(default_factory=dict[str, Any])
+
+    def collector(self) -> Collector:
+        raise NotImplementedError
+
+    def score(self) -> Score:
+        raise NotImplementedError
+
+    def can_evaluate(self) -> bool:
+        raise NotImplementedError
+
+    def figures(self, show: bool, note: str) -> dict[str, float]:
+        """Held-out figures of the policy as it is; `note` is "before", "after" or ""."""
+        raise NotImplementedError
+
+    def export(self, folder: Path) -> None:
+        """Write what others load: the policy, and the critic beside it."""
+        raise NotImplementedError
+
+    def describe(self, metrics: Mapping[str, float]) -> str:
+        """One line about an update."""
+        raise NotImplementedError
+
+    def describe_evaluation(self, figures: Mapping[str, float]) -> str:
+        raise NotImplementedError
+
+    def samples(self, report: UpdateReport) -> list[dict[str, Any]]:
+        """Lines for samples.jsonl."""
+        return []
+
+    def resolved(self) -> dict[str, Any]:
+        """What was chosen at start and must be the same when the run is resumed."""
+        return {"threads": torch.get_num_threads(), "notes": self.notes, "torch": torch.__version__}
+
+    def save_state(self) -> dict[str, Any]:
+        """Whatever else a checkpoint must hold."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None: ...
+
+
+def begin(run: Run, folder: RunFolder, on_update: OnUpdate | None, extra: Mapping[str, Any] | None, show: bool) -> None:
+    """Write the run's first files and train it."""
+    run.folder = folder
+    folder.write_config({"verb": run.verb, "config": to_json(run.config), "resolved": run.resolved()})
+    run.summary.update(extra or {})
+    folder.write_summary(run.summary)
+    save(run, keep_best=None)  # from here on the run can be resumed
+    advance(run, on_update, show)
+
+
+@contextmanager
+def new_folder(path: str) -> Iterator[RunFolder]:
+    """A run folder that disappears again where the run cannot be assembled."""
+    folder = RunFolder.create(path)
+    try:
+        yield folder
+    except BaseException:
+        if not any(folder.path.iterdir()):
+            folder.path.rmdir()
+        raise
+
+
+def restore(run: Run, folder: RunFolder) -> None:
+    """Put an assembled run into the state of its folder's last checkpoint."""
+    step = folder.last_checkpoint()
+    if step is None:
+        raise HeelerError(f"{folder.path} has no checkpoint to continue from")
+    run.folder = folder
+    checkpoint = folder.load_checkpoint(step)
+    run.state.policy.load_state_dict(checkpoint["weights"])
+    run.state.optimizer.load_state_dict(checkpoint["optimizer"])
+    run.state.generator.set_state(checkpoint["generator"])
+    machine.restore_random_states(checkpoint["random"])
+    for name in COUNTERS:
+        setattr(run.state, name, checkpoint["state"][name])
+    run.load_state(checkpoint.get("more", {}))
+    if (folder.path / "summary.json").exists():
+        run.summary = read_json(folder.path / "summary.json")
+
+
+def resume(run: Run, on_update: OnUpdate | None, show: bool) -> None:
+    """Continue a restored run to its number of updates."""
+    folder = run.folder
+    assert folder is not None
+    if run.state.step >= run.config.updates:
+        raise HeelerError(
+            f"{folder.path} is complete: it has done {run.state.step} updates; give a larger --updates N to go on"
+        )
+    folder.write_config({**folder.read_config(), "config": to_json(run.config)})
+    folder.forget_after(run.state.step)
+    say(f"continuing {folder.path} after update {run.state.step}", show)
+    advance(run, on_update, show)
+
+
+def save(run: Run, keep_best: int | None) -> None:
+    assert run.folder is not None
+    state = run.state
+    run.folder.save_checkpoint(
+        state.step,
+        {
+            "weights": state.policy.state_dict(),
+            "optimizer": state.optimizer.state_dict(),
+            "generator": state.generator.get_state(),
+            "random": machine.random_states(),
+            "state": {name: getattr(state, name) for name in COUNTERS},
+            "more": run.save_state(),
+        },
+        keep=[] if keep_best is None else [keep_best],
+    )
+
+
+def advance(run: Run, on_update: OnUpdate | None, show: bool) -> None:
+    """Train from the run's state to its end, evaluate and export."""
+    assert run.folder is not None
+    try:
+        _train_and_export(run, on_update, show)
+    except KeyboardInterrupt as interrupt:
+        if interrupt.args:
+            raise
+        raise KeyboardInterrupt(f"interrupted; continue with: heeler resume {run.folder.path}") from None
+
+
+def _train_and_export(run: Run, on_update: OnUpdate | None, show: bool) -> None:
+    config, state, folder = run.config, run.state, run.folder
+    assert folder is not None
+    collector = run.collector()
+    for note in run.notes:
+        say(note, show)
+    if state.step == 0 and run.can_evaluate():
+        say("evaluating before training", show)
+        run.summary["eval/before"] = run.figures(show, "before")
+        folder.write_summary(run.summary)
+    bar = progress(config.updates, "PPO", "update", done=state.step, show=show)
+    started = time.perf_counter()
+    last_said = -float("inf")
+    with _interruptible() as interrupted:
+
+        def after_update(report: UpdateReport) -> bool:
+            nonlocal last_said
+            evaluated = run.can_evaluate() and config.eval_every and state.step % config.eval_every == 0
+            if evaluated:
+                report = replace(report, metrics=report.metrics | _keep_if_best(run, show))
+            folder.log(report.metrics, run.samples(report))
+            bar.update(1)
+            now = time.perf_counter()
+            if now - last_said > 1.0 or state.step == config.updates:  # fast runs do many updates a second
+                say(run.describe(report.metrics), show)
+                last_said = now
+            if on_update is not None:
+                on_update(report)
+            best = run.summary.get("best", {}).get("step")
+            if state.step % config.checkpoint_every == 0 or interrupted.is_set() or state.step == config.updates:
+                save(run, keep_best=best)
+            return not interrupted.is_set()
+
+        try:
+            train_loop(state, collector, run.score(), config, LocalReduce(), after_update)
+        except HeelerError as error:
+            at = folder.last_checkpoint()
+            raise type(error)(
+                f"{error} [update {state.step + 1}; {folder.path} holds update {at}, continue it with:"
+                f" heeler resume {folder.path}]"
+            ) from error
+        finally:
+            bar.close()
+            folder.close()
+            run.summary["seconds/ppo"] = run.summary.get("seconds/ppo", 0.0) + time.perf_counter() - started
+            run.summary["peak_memory_gib"] = round(machine.peak_memory_gib(), 2)
+            run.summary["updates"] = state.step
+            run.summary |= {k: v for k, v in (folder.metrics() or [{}])[-1].items() if k != "step"}
+            folder.write_summary(run.summary)
+    if interrupted.is_set() and state.step < config.updates:
+        raise KeyboardInterrupt(f"stopped after update {state.step}; continue with: heeler resume {folder.path}")
+    run.export(folder.path)
+    if run.can_evaluate():
+        say("evaluating after training", show)
+        run.summary["eval/after"] = run.figures(show, "after")
+    run.summary["peak_memory_gib"] = round(machine.peak_memory_gib(), 2)
+    folder.write_summary(run.summary)
+
+
+def _keep_if_best(run: Run, show: bool) -> dict[str, float]:
+    """Evaluate; keep policy and checkpoint where the held-out figure is the best so far. Returns the figures."""
+    assert run.folder is not None
+    figures = run.figures(show, "")
+    say(f"  held out: {run.describe_evaluation(figures)}", show)
+    best = run.summary.get("best")
+    if best is None or figures[run.best_figure] > best[run.best_figure]:
+        run.summary["best"] = {"step": run.state.step, **figures}
+        run.export(run.folder.path / "best")
+        save(run, keep_best=run.state.step)
+        run.folder.write_summary(run.summary)
+    return {f"eval/{name}": value for name, value in figures.items()}
+
+
+@contextmanager
+def _interruptible() -> Iterator[threading.Event]:
+    """The first Ctrl-C finishes the running update and saves; the second stops at once."""
+    interrupted = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupted
+        return
+
+    def handle(signum: int, frame: Any) -> None:
+        if interrupted.is_set():
+            raise KeyboardInterrupt("stopped at once: the last checkpoint stays")
+        interrupted.set()
+        say("\nstopping after this update (Ctrl-C again stops at once)")
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def default_out(name: str) -> str:
+    """runs/NAME, with a number where that exists."""
+    base, number = Path("runs") / name, 1
+    path = base
+    while path.exists():
+        number += 1
+        path = base.with_name(f"{name}-{number}")
+    return str(path)
