@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from heeler.policies.distributions import draw, logprobs_and_entropy
+from heeler.policies.fused import FusedMLP, fuse
 from heeler.policies.networks import Body, Network, build_encoder, orthogonal
 from heeler.policies.steps import Observed, Segments, Steps, count, pick
 from heeler.types import ActionSpec, HeelerError, ObservationSpec, PolicyOutput
@@ -77,6 +78,20 @@ class ActorCritic(nn.Module):
         self.value_head = orthogonal(nn.Linear(self.critic.num_features, 1), 1.0)
         self.log_std = nn.Parameter(torch.full((actions.num_parameters,), log_std)) if actions.kind == "box" else None
         self.recurrent = memory > 0
+        self.fused: FusedMLP | None = None
+
+    def fuse(self) -> bool:
+        """Compute small MLPs on a CPU as one operation from now on; False where the networks are something else."""
+        if not self.recurrent and not self.shared:
+            heads: Any = self.action_head, self.value_head
+            self.fused = fuse(self.actions, self.actor.encoder, heads[0], self.critic.encoder, heads[1], self.log_std)
+            if self.fused is not None:
+                self.ppo_gradients = self.fused.ppo_gradients
+        return self.fused is not None
+
+    def trained(self) -> list[nn.Parameter]:
+        """What the optimiser changes."""
+        return [self.fused.flat] if self.fused is not None else list(self.parameters())
 
     @property
     def device(self) -> torch.device:

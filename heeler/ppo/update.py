@@ -17,8 +17,9 @@ Derivation: docs/algorithm.md#the-loss.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ from heeler.ppo.kl import kl_estimate
 from heeler.ppo.losses import clipped_surrogate, is_clipped, ratio, value_loss
 from heeler.ppo.minibatches import budgeted_microbatches, decision_indices, shuffled_minibatches
 from heeler.ppo.moments import explained_variance
-from heeler.types import CheckFailed, Policy, PolicyOutput, Reduce, TrainBatch
+from heeler.types import CheckFailed, Inputs, Policy, PolicyOutput, Reduce, TrainBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,11 @@ class PPOConfig:
     token_budget: int = 4096
     ratio_tolerance: float = 1e-3
 
+    @property
+    def clip_ranges(self) -> tuple[float, float]:
+        """eps below 1, and above."""
+        return self.clip_range, self.clip_range if self.clip_range_high is None else self.clip_range_high
+
     def scaled(self, clip: float, entropy: float) -> PPOConfig:
         """The same with clip ranges and entropy coefficient multiplied: their schedules."""
         high = self.clip_range_high
@@ -74,21 +80,51 @@ class PPOConfig:
         )
 
 
+COLUMNS = (
+    "old_logprobs", "old_values", "advantages", "returns", "policy_weights", "value_weights", "importance_weights",
+)  # fmt: skip
+
+
 @dataclass
-class _Sums:
-    """Sums over the decisions of an update, on their way to the metrics."""
+class _Record:
+    """What the policy said of the decisions of an epoch, kept for the metrics: they are computed once an epoch.
 
-    totals: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    ratio_max: Tensor = field(default_factory=lambda: torch.tensor(-math.inf))
+    Each entry belongs to one micro-batch: its rows of the batch's columns `[n, 7]`, and `[4, n]` new log-probabilities,
+    entropies and the terms of the policy and the value loss.
+    """
 
-    def add(self, name: str, x: Tensor) -> None:
-        x = x.detach().double().sum()
-        self.totals[name] = self.totals[name] + x if name in self.totals else x
+    rows: list[Tensor] = field(default_factory=list[Tensor])
+    said: list[Tensor] = field(default_factory=list[Tensor])
 
-    def mean(self, name: str, weight: str, reduce: Reduce) -> float:
-        zero = torch.zeros((), dtype=torch.float64)
-        total = float(reduce.sum(self.totals.get(weight, zero)))
-        return float(reduce.sum(self.totals.get(name, zero))) / total if total else math.nan
+    def sums(self, clip_low: float, clip_high: float) -> tuple[Tensor, float]:
+        """Sums `[8]` over the decisions (in the order of `_SUMS`), and the largest ratio."""
+        if not self.rows:
+            return torch.zeros(len(_SUMS), dtype=torch.float64), -math.inf
+        old_logprobs, _, advantages, _, weights, value_weights, _ = torch.cat(self.rows).unbind(1)
+        logprobs, entropy, policy_terms, value_terms = torch.cat(self.said, dim=1)
+        ratios = ratio(logprobs, old_logprobs)
+        terms = [
+            weights,
+            value_weights,
+            policy_terms,
+            value_terms,
+            _weighted(weights, entropy),
+            _weighted(weights, (ratios - 1).abs()),
+            weights * is_clipped(logprobs, old_logprobs, advantages, clip_low, clip_high),
+            # KL(old || new), sampled from old: the k3 estimate with the roles of the two exchanged
+            _weighted(weights, kl_estimate(old_logprobs, logprobs, "k3")),
+        ]
+        counted = ratios[weights > 0]
+        largest = float(counted.max()) if len(counted) else -math.inf
+        return torch.stack(terms).double().sum(1).cpu(), largest
+
+
+_SUMS = ("weight", "value_weight", "policy_loss", "value_loss", "entropy", "ratio_error", "clipped", "kl")
+
+
+def _mean(sums: Tensor, name: str, weight: str = "weight") -> float:
+    total = float(sums[_SUMS.index(weight)])
+    return float(sums[_SUMS.index(name)]) / total if total else math.nan
 
 
 def _weighted(weights: Tensor, terms: Tensor) -> Tensor:
@@ -101,6 +137,57 @@ def _check_shapes(output: PolicyOutput, n: int) -> None:
         shape = tuple(getattr(output, name).shape)
         if shape != (n,):  # `[n, 1]` against `[n]` would broadcast to `[n, n]` and train on nonsense
             raise ValueError(f"policy.evaluate returned {name} of shape {shape} for {n} decisions: it must be ({n},)")
+
+
+def autograd_gradients(
+    policy: Policy,
+    inputs: Inputs,
+    rows: Tensor,
+    policy_denominator: float,
+    value_denominator: float,
+    config: PPOConfig,
+) -> tuple[float, Tensor]:
+    """Add the gradient of a micro-batch's loss to the parameters' `.grad`.
+
+    A policy may bring a method `ppo_gradients` with the same arguments that does the same without autograd.
+
+    Args:
+        policy: trained.
+        inputs: of the micro-batch.
+        rows: `[n, 7]` its rows of `COLUMNS`.
+        policy_denominator, value_denominator: of the whole optimiser step.
+        config: of the update.
+
+    Returns:
+        The loss (where it is not finite, nothing was added), and `[4, n]` new log-probabilities, entropies, and the
+        terms of the policy and the value loss.
+    """
+    output = policy.evaluate(inputs)
+    _check_shapes(output, len(rows))
+    old_logprobs, old_values, advantages, returns, policy_weights, value_weights, importance = rows.unbind(1)
+    surrogate = clipped_surrogate(output.logprobs, old_logprobs, advantages, *config.clip_ranges)
+    value_errors = value_loss(output.values, old_values, returns, config.value_clip)
+    policy_terms = _weighted(policy_weights, importance * surrogate)
+    value_terms = _weighted(value_weights, value_errors)
+    loss = policy_terms.sum() / policy_denominator + config.value_coef * (value_terms.sum() / value_denominator)
+    if config.entropy_coef:
+        loss = loss - config.entropy_coef * ((policy_weights * output.entropy).sum() / policy_denominator)
+    if math.isfinite(loss.item()):
+        loss.backward()  # pyright: ignore[reportUnknownMemberType]
+    return loss.item(), torch.stack([output.logprobs, output.entropy, policy_terms, value_terms]).detach()
+
+
+def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> float:
+    """Scale the gradients down to a global norm of `max_norm`; returns the norm before."""
+    if len(parameters) != 1:
+        return float(torch.nn.utils.clip_grad_norm_(parameters, max_norm))
+    gradient = parameters[0].grad  # one flat vector: a few operations are enough
+    if gradient is None:
+        return 0.0
+    norm = float(gradient.square().sum().sqrt())
+    if norm > max_norm:
+        gradient.mul_(max_norm / (norm + 1e-6))
+    return norm
 
 
 def update(
@@ -120,77 +207,54 @@ def update(
         CheckFailed: the ratio is off 1 at the first minibatch, or a loss is not finite. The parameters are then
             those of the last good optimiser step.
     """
-    clip_low = config.clip_range
-    clip_high = config.clip_range if config.clip_range_high is None else config.clip_range_high
+    gradients: Callable[..., tuple[float, Tensor]] = getattr(policy, "ppo_gradients", None) or partial(
+        autograd_gradients, policy
+    )
     costs, decision_counts = batch.inputs.costs, batch.inputs.decision_counts
+    one_each = bool((decision_counts == 1).all())  # items are decisions
+    longest = int(costs.max()) if len(costs) else 0
+    columns = torch.stack([getattr(batch, name) for name in COLUMNS], dim=1)  # (N, 7): one gather a minibatch
     num_items = -int(reduce.max(-torch.tensor(len(costs))))  # the smallest share of any process
-    sums = _Sums()
+    sums, ratio_max = torch.zeros(len(_SUMS), dtype=torch.float64), -math.inf
     grad_norms: dict[str, list[float]] = {}
     stopped = False
     optimizer_steps = 0
 
     for epoch in range(config.epochs):
-        epoch_sums = _Sums()
+        record = _Record()
         num_minibatches = min(config.minibatches, num_items)  # fewer where there are fewer items
         for items in shuffled_minibatches(len(costs), num_minibatches, generator) if num_items else []:
             items = items.to(costs.device)
-            decisions = decision_indices(items, decision_counts)
-            policy_denominator = reduce.sum(batch.policy_weights[decisions].sum())
-            value_denominator = reduce.sum(batch.value_weights[decisions].sum())
-            if float(policy_denominator) == 0.0 and float(value_denominator) == 0.0:
+            micro_batches = budgeted_microbatches(items, costs, config.token_budget, longest)
+            indices_of = [m if one_each else decision_indices(m, decision_counts) for m in micro_batches]
+            rows_of = [columns[indices] for indices in indices_of]
+            weight_sums = torch.stack([rows[:, 4:6].sum(0) for rows in rows_of]).sum(0)
+            policy_denominator, value_denominator = (float(x) for x in reduce.sum(weight_sums))
+            if policy_denominator == 0.0 and value_denominator == 0.0:
                 continue  # nothing to learn from: every decision was dropped
             if config.loss_denominator is not None:
-                policy_denominator = torch.full_like(policy_denominator, config.loss_denominator)
-            minibatch_sums = _Sums()
+                policy_denominator = config.loss_denominator
+            denominators = max(policy_denominator, 1e-12), max(value_denominator, 1e-12)
             broken = ""
             optimizer.zero_grad(set_to_none=True)
-            for micro_items in budgeted_microbatches(items, costs, config.token_budget):
-                indices = decision_indices(micro_items, decision_counts)
-                output = policy.evaluate(batch.inputs.select(micro_items))
-                _check_shapes(output, len(indices))
-                old_logprobs, advantages = batch.old_logprobs[indices], batch.advantages[indices]
-                policy_weights, value_weights = batch.policy_weights[indices], batch.value_weights[indices]
-
-                surrogate = clipped_surrogate(output.logprobs, old_logprobs, advantages, clip_low, clip_high)
-                value_errors = value_loss(
-                    output.values, batch.old_values[indices], batch.returns[indices], config.value_clip
-                )
-                policy_terms = _weighted(policy_weights, batch.importance_weights[indices] * surrogate)
-                value_terms = _weighted(value_weights, value_errors)
-                policy_part = policy_terms.sum() / policy_denominator.clamp(min=1e-12)
-                value_part = value_terms.sum() / value_denominator.clamp(min=1e-12)
-                loss = policy_part + config.value_coef * value_part
-                if config.entropy_coef:
-                    entropy = (policy_weights * output.entropy).sum() / policy_denominator.clamp(min=1e-12)
-                    loss = loss - config.entropy_coef * entropy
-                if not torch.isfinite(loss):
+            for micro_items, rows in zip(micro_batches, rows_of, strict=True):
+                loss, said = gradients(batch.inputs.select(micro_items), rows, *denominators, config)
+                record.rows.append(rows)
+                record.said.append(said)
+                if not math.isfinite(loss):
+                    policy_part, value_part = said[2:].sum(1) / torch.tensor(denominators)
                     broken = f"policy part {policy_part.item():.4g}, value part {value_part.item():.4g}"
                     break
-                loss.backward()  # pyright: ignore[reportUnknownMemberType]
-
-                with torch.no_grad():
-                    new_logprobs = output.logprobs.detach()
-                    ratios = ratio(new_logprobs, old_logprobs)
-                    clipped = is_clipped(new_logprobs, old_logprobs, advantages, clip_low, clip_high)
-                    minibatch_sums.add("weight", policy_weights)
-                    minibatch_sums.add("value_weight", value_weights)
-                    minibatch_sums.add("policy_loss", policy_terms)
-                    minibatch_sums.add("value_loss", value_terms)
-                    minibatch_sums.add("entropy", _weighted(policy_weights, output.entropy))
-                    minibatch_sums.add("ratio_error", _weighted(policy_weights, (ratios - 1).abs()))
-                    minibatch_sums.add("clipped", policy_weights * clipped)
-                    # KL(old || new), sampled from old: the k3 estimate with the roles of the two exchanged
-                    kl = kl_estimate(old_logprobs, new_logprobs, "k3")
-                    minibatch_sums.add("kl", _weighted(policy_weights, kl))
-                    if bool((policy_weights > 0).any()):
-                        sums.ratio_max = torch.maximum(sums.ratio_max, ratios[policy_weights > 0].max().cpu())
-            if float(reduce.max(torch.tensor(float(bool(broken))))):  # every process stops together
+            if reduce.world_size > 1 and float(reduce.max(torch.tensor(float(bool(broken))))):
+                broken = broken or "in another process"  # every process stops together
+            if broken:
                 raise CheckFailed(
-                    f"the loss is not finite in epoch {epoch + 1} of the update ({broken or 'in another process'}):"
+                    f"the loss is not finite in epoch {epoch + 1} of the update ({broken}):"
                     " lower the learning rate, or look for NaN in the rewards and in the model's weights"
                 )
             if optimizer_steps == 0:
-                error = minibatch_sums.mean("ratio_error", "weight", reduce)
+                first, _ = record.sums(*config.clip_ranges)
+                error = _mean(reduce.sum(first), "ratio_error")
                 if error > config.ratio_tolerance:
                     raise CheckFailed(
                         f"the probability ratio is off 1 by {error:.2g} on average at the first minibatch, before any"
@@ -202,7 +266,7 @@ def update(
             for group in groups:
                 parameters: Sequence[Tensor] = group["params"]
                 reduce.gradients(parameters)
-                norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
+                norm = clip_gradients(parameters, config.max_grad_norm)
                 if not math.isfinite(norm):
                     raise CheckFailed(
                         f"the gradient norm of the {group.get('name', 'policy')} became {norm}: lower the learning"
@@ -211,26 +275,26 @@ def update(
                 grad_norms.setdefault(str(group.get("name", "policy")), []).append(norm)
             optimizer.step()
             optimizer_steps += 1
-            for name, total in minibatch_sums.totals.items():
-                sums.add(name, total)
-                epoch_sums.add(name, total)
-        if config.target_kl is not None and epoch_sums.mean("kl", "weight", reduce) > config.target_kl:
+        epoch_sums, epoch_ratio_max = record.sums(*config.clip_ranges)
+        epoch_sums = reduce.sum(epoch_sums)
+        sums, ratio_max = sums + epoch_sums, max(ratio_max, epoch_ratio_max)
+        if config.target_kl is not None and _mean(epoch_sums, "kl") > config.target_kl:
             stopped = epoch + 1 < config.epochs
             break
 
     if optimizer_steps == 0:
         print("update skipped: every decision of the batch has weight 0, so there is nothing to learn from")
     metrics = {
-        "policy/loss": sums.mean("policy_loss", "weight", reduce),
-        "policy/entropy": sums.mean("entropy", "weight", reduce),
-        "policy/clip_fraction": sums.mean("clipped", "weight", reduce),
-        "policy/ratio_max": float(reduce.max(sums.ratio_max)),
+        "policy/loss": _mean(sums, "policy_loss"),
+        "policy/entropy": _mean(sums, "entropy"),
+        "policy/clip_fraction": _mean(sums, "clipped"),
+        "policy/ratio_max": float(reduce.max(torch.tensor(ratio_max))),
         "policy/kl_stopped": float(stopped),
-        "value/loss": sums.mean("value_loss", "value_weight", reduce),
+        "value/loss": _mean(sums, "value_loss", "value_weight"),
         "value/explained_variance": float(
             explained_variance(batch.old_values, batch.returns, batch.value_weights, reduce)
         ),
-        "kl/old_new": sums.mean("kl", "weight", reduce),
+        "kl/old_new": _mean(sums, "kl"),
         "optimizer_steps": float(optimizer_steps),
     }
     for name, norms in grad_norms.items():

@@ -21,6 +21,7 @@ from torch import Tensor
 from heeler.envs.vector import Atari as AtariBackend
 from heeler.envs.vector import EnvConfig, VectorEnvironment, make_vector
 from heeler.policies.actor_critic import ActorCritic
+from heeler.policies.fused import FlatAdam
 from heeler.policies.networks import MLP, Network
 from heeler.policies.steps import Steps, pick
 from heeler.ppo.advantages import AdvantageConfig
@@ -300,10 +301,14 @@ def build_gym_run(config: GymConfig) -> GymRun:
         log_std=config.log_std,
         normalize=config.normalize_observations,
     ).to(device)
-    parameters = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.Adam(
-        [{"params": parameters, "name": "policy", "base_lr": config.lr}], lr=config.lr, eps=config.adam_eps, fused=True
-    )
+    policy.fuse()
+    parameters = policy.trained()
+    groups = [{"params": parameters, "name": "policy", "base_lr": config.lr}]
+    optimizer: torch.optim.Optimizer
+    if policy.fused is not None:
+        optimizer = FlatAdam(groups, lr=config.lr, eps=config.adam_eps)
+    else:
+        optimizer = torch.optim.Adam(groups, lr=config.lr, eps=config.adam_eps, fused=True)
     state = TrainState(
         policy=policy, optimizer=optimizer, generator=torch.Generator().manual_seed(config.seed), kl_coef=0.0
     )

@@ -49,7 +49,9 @@ def costed_items(draw):
 
 
 def microbatches_loop(items, costs, budget):
-    """Longest first; each next item joins while its padded row still fits."""
+    """As they come where all fit together; else longest first, each next item joining while its padded row fits."""
+    if items and len(items) * max(max(costs[i] for i in items), 1) <= budget:
+        return [list(items)]
     batches = []
     for item in sorted(items, key=lambda i: -costs[i]):
         if batches and (len(batches[-1]) + 1) * max(costs[batches[-1][0]], 1) <= budget:
