@@ -9,20 +9,29 @@ from typing import Any
 
 from heeler.types import HeelerError
 
-HELP = """heeler: PPO for language models
+HELP = """heeler: PPO for language models, control and games
 
   heeler ppo imdb                       a real 135M model learns to continue movie reviews positively
   heeler ppo lm --model M --prompts F --reward module:function
                                         your model, your prompts, your reward
+  heeler ppo gym --env ID               any Gymnasium environment, or yours: --env module:Name
+  heeler ppo cartpole                   tuned recipes: acrobot, mountaincar, pendulum, lunarlander,
+                                        lunarlander-continuous, bipedalwalker, halfcheetah, hopper, walker2d, ant,
+                                        swimmer, pong, breakout
   heeler reward imdb [--full]           the reward model of the recipe
-  heeler eval RUN                       held-out figures of a run's policy
+  heeler eval RUN                       held-out figures of a run's policy; --episodes N --video F for environments
   heeler sample RUN_OR_MODEL --prompt P [--prompt P ...]
                                         what a policy writes
   heeler resume RUN [--updates N]       continue a run from its last checkpoint
+  heeler export RUN --onnx F            an environment's policy as an ONNX file
 
 Every verb explains its flags: heeler ppo lm --help"""
 
-RECIPES = ("imdb", "lm")
+CONTROL = (
+    "cartpole", "acrobot", "mountaincar", "pendulum", "lunarlander", "lunarlander-continuous", "bipedalwalker",
+    "halfcheetah", "hopper", "walker2d", "ant", "swimmer", "pong", "breakout",
+)  # fmt: skip
+RECIPES = ("imdb", "lm", "gym", *CONTROL)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,6 +59,7 @@ def _dispatch(words: list[str]) -> int:
         return 0
     verbs: dict[str, Callable[[list[str]], int]] = {
         "ppo": _ppo, "reward": _reward, "eval": _eval, "sample": _sample, "resume": _resume,
+        "export": _export,
     }  # fmt: skip
     if words[0] not in verbs:
         raise HeelerError(f"there is no verb {words[0]!r}{_nearest(words[0], verbs)}; heeler --help lists them")
@@ -83,6 +93,8 @@ def _recipe(verb: str, words: list[str], recipes: Sequence[str]) -> tuple[str, l
 
 def _ppo(words: list[str]) -> int:
     recipe, rest = _recipe("ppo", words, RECIPES)
+    if recipe == "gym" or recipe in CONTROL:
+        return _ppo_gym(recipe, rest)
     if recipe == "imdb":
         from heeler.recipes.imdb import IMDB, run_imdb
 
@@ -93,6 +105,60 @@ def _ppo(words: list[str]) -> int:
         run = train_text(_parse(TextConfig, rest, "heeler ppo lm"))
     _report(run)
     return 0
+
+
+def _ppo_gym(recipe: str, words: list[str]) -> int:
+    from dataclasses import replace
+
+    import tyro
+
+    from heeler.recipes.control import RECIPES as CONFIGS
+    from heeler.train.control import train_gym
+
+    words, id = _take(words, "--env")
+    words, kwargs = _take(words, "--env-kwargs")
+    if recipe == "gym":
+        if id is None and not {"-h", "--help"} & {*words}:
+            raise HeelerError("heeler ppo gym needs an environment: --env CartPole-v1, or --env my_module:MyEnv")
+        from heeler.recipes.control import default_config
+
+        config = default_config(id or "CartPole-v1")
+    else:
+        config = CONFIGS[recipe]()
+        if id is not None:
+            config = replace(config, env=replace(config.env, id=id))
+    if kwargs is not None:
+        config = replace(config, env=replace(config.env, kwargs=_json_object(kwargs, "--env-kwargs")))
+    config = tyro.cli(type(config), args=words, prog=f"heeler ppo {recipe}", default=config)
+    run = train_gym(config)
+    from heeler.train.evaluate_control import print_gym_report
+
+    print_gym_report(run)
+    return 0
+
+
+def _take(words: list[str], flag: str) -> tuple[list[str], str | None]:
+    """The words without `flag VALUE` (or `flag=VALUE`), and the value."""
+    for i, word in enumerate(words):
+        if word == flag:
+            if i + 1 == len(words):
+                raise HeelerError(f"{flag} needs a value")
+            return words[:i] + words[i + 2 :], words[i + 1]
+        if word.startswith(f"{flag}="):
+            return words[:i] + words[i + 1 :], word.partition("=")[2]
+    return words, None
+
+
+def _json_object(text: str, flag: str) -> dict[str, Any]:
+    import json
+
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise HeelerError(f"{flag}: broken JSON ({error.msg} at character {error.pos}): {text}") from error
+    if not isinstance(value, dict):
+        raise HeelerError(f'{flag} must be a JSON object like {{"continuous": true}}, not {text}')
+    return value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,26 +207,51 @@ def _positional(words: list[str], verb: str, what: str) -> tuple[str, list[str]]
 def _resume(words: list[str]) -> int:
     path, rest = _positional(words, "resume", "a run folder")
     chosen = _parse(Resume, rest, "heeler resume RUN")
+    if _is_gym(path):
+        from heeler.train.control import resume_gym
+        from heeler.train.evaluate_control import print_gym_report
+
+        print_gym_report(resume_gym(path, updates=chosen.updates))
+        return 0
     from heeler.train.text import resume_text
 
     _report(resume_text(path, updates=chosen.updates))
     return 0
 
 
+def _is_gym(path: str) -> bool:
+    """Whether a run folder holds a run in an environment."""
+    if not path:
+        return False
+    from heeler.runtime.runs import RunFolder
+
+    return RunFolder.open(path).read_config().get("verb") == "ppo gym"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Eval:
-    """Evaluate a run's policy on held-out prompts.
+    """Evaluate a run's policy on held-out prompts, or in its environment.
 
     Attributes:
-        prompts: a JSONL file; the run's own evaluation prompts where None.
+        prompts: of a language model: a JSONL file; the run's own evaluation prompts where None.
+        episodes: of an environment.
+        seed: of the episodes.
+        sample: in an environment: draw actions instead of taking the most likely ones.
+        video: film one episode into this file (mp4 or gif).
     """
 
     prompts: str | None = None
+    episodes: int = 10
+    seed: int = 20_000
+    sample: bool = False
+    video: str | None = None
 
 
 def _eval(words: list[str]) -> int:
     path, rest = _positional(words, "eval", "a run folder")
     chosen = _parse(Eval, rest, "heeler eval RUN")
+    if _is_gym(path):
+        return _eval_gym(path, chosen)
     from heeler.runtime.runs import write_json
     from heeler.train.report import figures_table
     from heeler.train.text import load_text_run
@@ -170,6 +261,62 @@ def _eval(words: list[str]) -> int:
     assert run.folder is not None
     write_json(run.folder.path / "eval.json", {"step": run.state.step, **evaluation.figures})
     print(figures_table({f"after update {run.state.step}": evaluation.figures}))
+    return 0
+
+
+def _eval_gym(path: str, chosen: Eval) -> int:
+    from pathlib import Path
+
+    from heeler.runtime.runs import write_json
+    from heeler.train.control import load_actor_critic, load_policy
+    from heeler.train.evaluate_control import evaluate_policy, record_video
+
+    if chosen.episodes < 1:
+        raise HeelerError(f"--episodes must be at least 1, not {chosen.episodes}")
+    policy, config = load_actor_critic(path)
+    deterministic = config.eval_deterministic and not chosen.sample
+    figures = evaluate_policy(
+        policy, config.env, episodes=chosen.episodes, deterministic=deterministic, seed=chosen.seed, show=True
+    )
+    write_json(Path(path) / "eval.json", figures)
+    print(
+        f"return {figures['reward']:.2f} ± {figures['reward/std']:.2f}, length {figures['length']:.1f}, over"
+        f" {figures['episodes']:.0f} episodes, {'most likely' if deterministic else 'drawn'} actions"
+    )
+    if chosen.video is not None:
+        acting = load_policy(path, deterministic=deterministic, seed=chosen.seed)
+        frames = record_video(acting, config.env, chosen.video, seed=chosen.seed)
+        print(f"{chosen.video}: {frames} frames")
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write an environment's policy as an ONNX file, observation statistics included, and check it.
+
+    Attributes:
+        onnx: the file.
+        masked: give it an input for action masks.
+    """
+
+    onnx: str
+    masked: bool = False
+
+
+def _export(words: list[str]) -> int:
+    path, rest = _positional(words, "export", "a run folder")
+    chosen = _parse(Export, rest, "heeler export RUN")
+    if not _is_gym(path):
+        raise HeelerError(f"{path} is a language model: its folder policy/ is the export; optimum makes ONNX of it")
+    from heeler.train.control import load_actor_critic
+    from heeler.train.onnx import export_onnx
+
+    policy, _ = load_actor_critic(path)
+    figures = export_onnx(policy, chosen.onnx, masked=chosen.masked)
+    print(
+        f"{chosen.onnx}: checked with onnxruntime on random observations, parameters differ by"
+        f" {figures['parameters']:.1g} at most, {figures['equal_actions']:.0%} of the actions are equal"
+    )
     return 0
 
 

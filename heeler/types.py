@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,6 +112,17 @@ class ActionSpec:
     def mask_size(self) -> int:
         """Length of an action mask; 0 where actions cannot be masked."""
         return sum(self.sizes) if self.kind in ("discrete", "multi_discrete") else 0
+
+
+class Optimizer(Protocol):
+    """What `ppo.update` needs of an optimiser: torch's have it."""
+
+    param_groups: list[dict[str, Any]]
+
+    def zero_grad(self, set_to_none: bool = True) -> None: ...
+    def step(self) -> Any: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...
 
 
 class Policy(Protocol):

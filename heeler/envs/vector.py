@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
+import tyro
 
 from heeler.envs.spaces import MASK_KEY, Array, ObservationReader, Observations, action_spec, to_environment
 from heeler.runtime.packages import load_function, require
@@ -97,14 +98,14 @@ class EnvConfig:
 
     Attributes:
         id: a Gymnasium id, "module:Name" of an environment class or function, or a game of ale-py for `Atari`.
-        kwargs: keyword arguments of the environment.
+        kwargs: keyword arguments of the environment (on the command line: --env-kwargs and a JSON object).
         wrappers: "module:function" applied to each environment, the first one innermost.
         num_envs: environments that are stepped together.
         backend: how.
     """
 
     id: str
-    kwargs: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    kwargs: Annotated[Mapping[str, Any], tyro.conf.Suppress] = field(default_factory=dict[str, Any])
     wrappers: tuple[str, ...] = ()
     num_envs: int = 8
     backend: Backend = Sync()

@@ -221,36 +221,41 @@ class FusedMLP:
         return all_logprobs[everyone, actions], entropy, pull
 
 
-class FlatAdam(torch.optim.Adam):
-    """torch's Adam for a single flat vector on the CPU: the same state and numbers, a fraction of the overhead."""
+class FlatAdam:
+    """Adam for one flat vector on the CPU: torch.optim.Adam's numbers, groups and saved state.
 
-    def __init__(self, groups: list[dict[str, Any]], lr: float, eps: float) -> None:
-        super().__init__(groups, lr=lr, eps=eps)
-        self.scratch: Array | None = None
+    It is no `torch.optim.Optimizer`: that one's bookkeeping costs several times the arithmetic at these sizes, and its
+    first instance imports torch's compiler, which takes seconds.
+
+    Args:
+        groups: one group of one vector.
+        lr: learning rate.
+        eps: added to the root of the second moment.
+        betas: decays of the moments.
+    """
+
+    def __init__(
+        self, groups: list[dict[str, Any]], lr: float, eps: float, betas: tuple[float, float] = (0.9, 0.999)
+    ) -> None:
+        (group,) = groups
+        (self.parameter,) = group["params"]
+        self.param_groups: list[dict[str, Any]] = [{"lr": lr, "eps": eps, "betas": betas, **group}]
+        self.steps = 0
+        self.first = torch.zeros_like(self.parameter.data)
+        self.second = torch.zeros_like(self.parameter.data)
+        self.scratch = np.empty(len(self.first), dtype=np.float32)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
+        self.parameter.grad = None
 
-    def step(self, closure: Any = None) -> Any:
+    def step(self) -> None:
         """m = b1 m + (1 - b1) g,  v = b2 v + (1 - b2) g^2,  p -= lr mhat / (sqrt(vhat) + eps) [arXiv 1412.6980]."""
-        group = self.param_groups[0]
-        (parameter,) = group["params"]
-        state = self.state[parameter]
-        if not state:
-            state["step"] = torch.tensor(0.0)
-            state["exp_avg"] = torch.zeros_like(parameter.data)
-            state["exp_avg_sq"] = torch.zeros_like(parameter.data)
-        if parameter.grad is None:
-            return None
+        if self.parameter.grad is None:
+            return
+        group, scratch = self.param_groups[0], self.scratch
         beta1, beta2 = group["betas"]
-        state["step"] += 1
-        count = float(state["step"])
-        gradient, first, second = parameter.grad.numpy(), state["exp_avg"].numpy(), state["exp_avg_sq"].numpy()
-        if self.scratch is None:
-            self.scratch = np.empty_like(gradient)
-        scratch = self.scratch
+        self.steps += 1
+        gradient, first, second = self.parameter.grad.numpy(), self.first.numpy(), self.second.numpy()
         first *= beta1
         first += np.multiply(gradient, 1 - beta1, out=scratch)
         second *= beta2
@@ -258,15 +263,28 @@ class FlatAdam(torch.optim.Adam):
         scratch *= 1 - beta2
         second += scratch
         np.sqrt(second, out=scratch)
-        scratch *= 1 / math.sqrt(1 - beta2**count)
+        scratch *= 1 / math.sqrt(1 - beta2**self.steps)
         scratch += group["eps"]
         np.divide(first, scratch, out=scratch)
-        scratch *= group["lr"] / (1 - beta1**count)
-        values = parameter.data.numpy()
+        scratch *= group["lr"] / (1 - beta1**self.steps)
+        values = self.parameter.data.numpy()
         values -= scratch
-        return None
 
-    step.hooked = True  # pyright: ignore  # torch would wrap it for its profiler, at the cost of the step itself
+    def state_dict(self) -> dict[str, Any]:
+        """In torch.optim.Adam's layout."""
+        state = {"step": torch.tensor(float(self.steps)), "exp_avg": self.first, "exp_avg_sq": self.second}
+        group = {k: v for k, v in self.param_groups[0].items() if k != "params"}
+        return {"state": {0: state} if self.steps else {}, "param_groups": [{**group, "params": [0]}]}
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """What `state_dict` of this class or of torch.optim.Adam returned."""
+        if saved["state"]:
+            state = saved["state"][0]
+            self.steps = int(state["step"])
+            self.first.copy_(state["exp_avg"])
+            self.second.copy_(state["exp_avg_sq"])
+        kept = {k: v for k, v in saved["param_groups"][0].items() if k in self.param_groups[0] and k != "params"}
+        self.param_groups[0].update(kept)
 
 
 def fuse(

@@ -15,6 +15,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from heeler.policies.steps import Observed
 from heeler.runtime.packages import load_function
@@ -194,6 +195,19 @@ class Body(nn.Module):
         if self.memory is None:
             return features, states
         hidden, cell = states.chunk(2, dim=1)
+        if length == 1:
+            return self._step(features, hidden, cell)
         n = len(states)
         out, (hidden, cell) = self.memory(features.view(length, n, -1), (hidden[None], cell[None].contiguous()))
         return out.reshape(length * n, -1), torch.cat([hidden[0], cell[0]], dim=1)
+
+    def _step(self, features: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+        """One step of the LSTM written out: less overhead than the sequence kernel, and ONNX can take it."""
+        memory = self.memory
+        assert memory is not None
+        gates = functional.linear(features, memory.weight_ih_l0, memory.bias_ih_l0)
+        gates = gates + functional.linear(hidden, memory.weight_hh_l0, memory.bias_hh_l0)
+        enter, forget, candidate, leave = gates.chunk(4, dim=1)
+        cell = forget.sigmoid() * cell + enter.sigmoid() * candidate.tanh()
+        hidden = leave.sigmoid() * cell.tanh()
+        return hidden, torch.cat([hidden, cell], dim=1)

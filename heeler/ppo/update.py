@@ -28,7 +28,7 @@ from heeler.ppo.kl import kl_estimate
 from heeler.ppo.losses import clipped_surrogate, is_clipped, ratio, value_loss
 from heeler.ppo.minibatches import budgeted_microbatches, decision_indices, shuffled_minibatches
 from heeler.ppo.moments import explained_variance
-from heeler.types import CheckFailed, Inputs, Policy, PolicyOutput, Reduce, TrainBatch
+from heeler.types import CheckFailed, Inputs, Optimizer, Policy, PolicyOutput, Reduce, TrainBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +87,7 @@ COLUMNS = (
 
 @dataclass
 class _Record:
-    """What the policy said of the decisions of an epoch, kept for the metrics: they are computed once an epoch.
+    """What the policy said of the decisions, kept for the metrics: they are computed once an update.
 
     Each entry belongs to one micro-batch: its rows of the batch's columns `[n, 7]`, and `[4, n]` new log-probabilities,
     entropies and the terms of the policy and the value loss.
@@ -192,7 +192,7 @@ def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> float:
 
 def update(
     policy: Policy,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     batch: TrainBatch,
     config: PPOConfig,
     *,
@@ -215,13 +215,13 @@ def update(
     longest = int(costs.max()) if len(costs) else 0
     columns = torch.stack([getattr(batch, name) for name in COLUMNS], dim=1)  # (N, 7): one gather a minibatch
     num_items = -int(reduce.max(-torch.tensor(len(costs))))  # the smallest share of any process
-    sums, ratio_max = torch.zeros(len(_SUMS), dtype=torch.float64), -math.inf
+    record = _Record()
     grad_norms: dict[str, list[float]] = {}
     stopped = False
     optimizer_steps = 0
 
     for epoch in range(config.epochs):
-        record = _Record()
+        before = len(record.rows)
         num_minibatches = min(config.minibatches, num_items)  # fewer where there are fewer items
         for items in shuffled_minibatches(len(costs), num_minibatches, generator) if num_items else []:
             items = items.to(costs.device)
@@ -275,15 +275,16 @@ def update(
                 grad_norms.setdefault(str(group.get("name", "policy")), []).append(norm)
             optimizer.step()
             optimizer_steps += 1
-        epoch_sums, epoch_ratio_max = record.sums(*config.clip_ranges)
-        epoch_sums = reduce.sum(epoch_sums)
-        sums, ratio_max = sums + epoch_sums, max(ratio_max, epoch_ratio_max)
-        if config.target_kl is not None and _mean(epoch_sums, "kl") > config.target_kl:
-            stopped = epoch + 1 < config.epochs
-            break
+        if config.target_kl is not None:
+            epoch_sums, _ = _Record(record.rows[before:], record.said[before:]).sums(*config.clip_ranges)
+            if _mean(reduce.sum(epoch_sums), "kl") > config.target_kl:
+                stopped = epoch + 1 < config.epochs
+                break
 
     if optimizer_steps == 0:
         print("update skipped: every decision of the batch has weight 0, so there is nothing to learn from")
+    sums, ratio_max = record.sums(*config.clip_ranges)
+    sums = reduce.sum(sums)
     metrics = {
         "policy/loss": _mean(sums, "policy_loss"),
         "policy/entropy": _mean(sums, "entropy"),

@@ -124,6 +124,13 @@ def atari(game: str) -> GymConfig:
     )
 
 
+def default_config(id: str) -> GymConfig:
+    """`heeler ppo gym`: sensible settings for any environment; images and Atari games get the Nature CNN."""
+    if id.startswith("ALE/"):
+        return atari(id.removeprefix("ALE/").partition("-")[0])
+    return GymConfig(env=EnvConfig(id=id))
+
+
 RECIPES: dict[str, Callable[[], GymConfig]] = {
     "cartpole": cartpole,
     "acrobot": acrobot,

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from heeler.types import HeelerError
 
 CHECKPOINT_FORMAT = 1
+EVENTS_EVERY = 0.5  # seconds
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -42,6 +44,7 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._events: Any = None
+        self._events_written = -math.inf
 
     @classmethod
     def create(cls, path: str | Path) -> RunFolder:
@@ -76,6 +79,10 @@ class RunFolder:
         if samples:
             with (self.path / "samples.jsonl").open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        now = time.monotonic()
+        if now - self._events_written < EVENTS_EVERY:
+            return  # TensorBoard costs milliseconds an update: a run that does many a second logs some of them there
+        self._events_written = now
         if self._events is None:
             from torch.utils.tensorboard.writer import SummaryWriter
 

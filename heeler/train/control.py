@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from heeler.envs.vector import Atari as AtariBackend
-from heeler.envs.vector import EnvConfig, VectorEnvironment, make_vector
+from heeler.envs.vector import EnvConfig, VectorEnvironment, make_one, make_vector
 from heeler.policies.actor_critic import ActorCritic
 from heeler.policies.fused import FlatAdam
 from heeler.policies.networks import MLP, Network
@@ -33,11 +33,21 @@ from heeler.rollout.vector import VectorCollector, VectorRollout
 from heeler.runtime import machine
 from heeler.runtime.configs import from_json, to_json
 from heeler.runtime.reduce import LocalReduce
-from heeler.runtime.runs import RunFolder, write_json
+from heeler.runtime.runs import RunFolder, read_json, write_json
+from heeler.train.evaluate_control import GymPolicy, evaluate_policy, make_picture_env
 from heeler.train.ppo import Score, TrainState
 from heeler.train.run import OnUpdate, Run, begin, default_out, new_folder, restore, resume
 from heeler.train.scoring import LOGPROB_TOLERANCE, check_paths
-from heeler.types import CheckFailed, Collector, Rollout, ScoredRollout
+from heeler.types import (
+    ActionSpec,
+    CheckFailed,
+    Collector,
+    HeelerError,
+    ObservationSpec,
+    Optimizer,
+    Rollout,
+    ScoredRollout,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,8 +172,6 @@ class GymRun(Run):
         self, episodes: int | None = None, deterministic: bool | None = None, show: bool = False
     ) -> dict[str, float]:
         """Returns over whole episodes of environments of their own."""
-        from heeler.train.evaluate_control import evaluate_policy
-
         config = self.config
         return evaluate_policy(
             self.policy,
@@ -292,19 +300,11 @@ def build_gym_run(config: GymConfig) -> GymRun:
         config = replace(config, updates=max(1, math.ceil(config.steps / (config.env.num_envs * config.num_steps))))
     config = replace(config, steps=config.updates * config.env.num_envs * config.num_steps)
     env = make_vector(config.env, config.seed)
-    policy = ActorCritic(
-        env.observations,
-        env.actions,
-        config.network,
-        memory=config.memory,
-        shared=config.shared,
-        log_std=config.log_std,
-        normalize=config.normalize_observations,
-    ).to(device)
+    policy = new_actor_critic(env.observations, env.actions, config).to(device)
     policy.fuse()
     parameters = policy.trained()
     groups = [{"params": parameters, "name": "policy", "base_lr": config.lr}]
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     if policy.fused is not None:
         optimizer = FlatAdam(groups, lr=config.lr, eps=config.adam_eps)
     else:
@@ -324,6 +324,19 @@ def build_gym_run(config: GymConfig) -> GymRun:
         config=config, policy=policy, env=env, collecting=collecting, scaler=scaler, state=state, notes=notes,
         recent=deque(maxlen=100),
     )  # fmt: skip
+
+
+def new_actor_critic(observations: ObservationSpec, actions: ActionSpec, config: GymConfig) -> ActorCritic:
+    """The networks that the config describes, freshly initialised."""
+    return ActorCritic(
+        observations,
+        actions,
+        config.network,
+        memory=config.memory,
+        shared=config.shared,
+        log_std=config.log_std,
+        normalize=config.normalize_observations,
+    )
 
 
 def _describe_observations(env: VectorEnvironment) -> str:
@@ -390,7 +403,44 @@ def export_policy(policy: ActorCritic, config: GymConfig, folder: Path) -> None:
     write_json(
         folder / "policy.json",
         {
-            "observations": to_json(policy.observations), "actions": to_json(policy.actions),
+            "observations": to_json(policy.observations),
+            "actions": to_json(policy.actions),
             "config": to_json(config),
         },
-    )  # fmt: skip
+    )
+
+
+def policy_folder(path: str | Path) -> Path:
+    """The exported policy of a run (the best one where the run kept one), or `path` itself."""
+    path = Path(path)
+    for folder in (path / "best" / "policy", path / "policy", path):
+        if (folder / "policy.json").is_file():
+            return folder
+    raise HeelerError(f"{path} holds no exported policy of an environment: is it a finished run of heeler ppo gym?")
+
+
+def load_actor_critic(path: str | Path) -> tuple[ActorCritic, GymConfig]:
+    """The networks of a run's exported policy, and the run's config."""
+    folder = policy_folder(path)
+    saved = read_json(folder / "policy.json")
+    config: GymConfig = from_json(GymConfig, saved["config"], str(folder / "policy.json"))
+    policy = new_actor_critic(
+        from_json(ObservationSpec, saved["observations"]), from_json(ActionSpec, saved["actions"]), config
+    )
+    policy.load_state_dict(torch.load(folder / "weights.pt", map_location="cpu", weights_only=True))
+    return policy.eval(), config
+
+
+def load_policy(path: str | Path, *, deterministic: bool = True, seed: int = 0) -> GymPolicy:
+    """The policy of a finished run, ready to act on the environment's own observations.
+
+    Args:
+        path: a run folder (its best policy is taken where it kept one) or an exported policy.
+        deterministic: take the most likely action; draw where False.
+        seed: of the draws.
+    """
+    policy, config = load_actor_critic(path)
+    env = make_picture_env(config.env) if isinstance(config.env.backend, AtariBackend) else make_one(config.env)
+    space = env.observation_space
+    env.close()
+    return GymPolicy(policy, space, deterministic=deterministic, seed=seed)

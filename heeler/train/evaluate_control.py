@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from heeler.envs.vector import EnvConfig, EnvPool, make_vector
+from heeler.envs.spaces import MASK_KEY, ObservationReader, to_environment
+from heeler.envs.vector import Atari, EnvConfig, EnvPool, make_one, make_vector
 from heeler.policies.actor_critic import ActorCritic
 from heeler.policies.distributions import draw_noise
+from heeler.runtime.packages import require
 from heeler.runtime.progress import progress
+from heeler.types import HeelerError
 
 
 def evaluate_policy(
@@ -71,3 +76,122 @@ def evaluate_policy(
         "length": float(np.mean([length for row in lengths for length in row])),
         "episodes": float(len(all_returns)),
     }
+
+
+class GymPolicy:
+    """A trained policy that acts on an environment's own observations.
+
+        policy = heeler.load_policy("runs/cartpole")
+        observation, info = env.reset()
+        action = policy.predict(observation)
+
+    Args:
+        actor_critic: the networks with the observation statistics.
+        observation_space: of a single environment.
+        deterministic: take the most likely action; draw where False.
+        seed: of the draws.
+    """
+
+    def __init__(
+        self, actor_critic: ActorCritic, observation_space: Any, *, deterministic: bool = True, seed: int = 0
+    ) -> None:
+        self.actor_critic, self.space, self.deterministic = actor_critic, observation_space, deterministic
+        self.reader = ObservationReader(observation_space, "the environment")
+        self.generator = np.random.default_rng(seed)
+        self.state: torch.Tensor | None = None
+
+    def reset(self) -> None:
+        """Forget: call it where an episode begins. Only policies with memory need it."""
+        self.state = None
+
+    def predict(self, observation: Any, *, mask: Any = None, deterministic: bool | None = None) -> Any:
+        """One action for one observation, as the environment takes it.
+
+        Args:
+            observation: what `env.reset` or `env.step` returned.
+            mask: allowed actions, where they are not part of the observation.
+            deterministic: overrides the policy's own choice.
+        """
+        from gymnasium.vector.utils import concatenate, create_empty_array
+
+        if not self.space.contains(observation):
+            raise HeelerError(
+                f"the observation does not fit the space {self.space} that the policy was trained on: look at its"
+                " shape and dtype, and at the wrappers of the environment"
+            )
+        batch = concatenate(self.space, [observation], create_empty_array(self.space, 1))
+        masks = self.reader.masks(batch) if mask is None else np.asarray(mask).reshape(1, -1).astype(bool)
+        noise = None
+        if not (self.deterministic if deterministic is None else deterministic):
+            noise = draw_noise(
+                self.actor_critic.actions.kind, self.generator, (1, self.actor_critic.actions.num_parameters)
+            )
+        actions, self.state = self.actor_critic.predict(self.reader.read(batch), self.state, masks=masks, noise=noise)
+        action = to_environment(self.actor_critic.actions, actions)[0]
+        return int(action) if self.actor_critic.actions.kind == "discrete" else action
+
+
+def record_video(policy: GymPolicy, config: EnvConfig, path: str | Path, *, seed: int, max_steps: int = 10_000) -> int:
+    """Film one episode; returns its number of frames."""
+    require("imageio", "video")
+    import imageio
+
+    env = make_picture_env(config)
+    fps = int(env.metadata.get("render_fps", 30))
+    try:
+        policy.reset()
+        observation, info = env.reset(seed=seed)
+        frames = [env.render()]
+        for _ in range(max_steps):
+            action = policy.predict(observation, mask=info.get(MASK_KEY))
+            observation, _, terminated, truncated, info = env.step(action)
+            frames.append(env.render())
+            if terminated or truncated:
+                break
+    finally:
+        env.close()
+    try:
+        imageio.mimwrite(path, frames, fps=fps)  # pyright: ignore
+    except Exception as error:
+        raise HeelerError(f"cannot write the video {path}: {error}") from error
+    return len(frames)
+
+
+def make_picture_env(config: EnvConfig) -> Any:
+    """A single environment that renders pictures and shows what the policy was trained on."""
+    backend = config.backend
+    if not isinstance(backend, Atari):
+        return make_one(config, render_mode="rgb_array")
+    from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
+
+    game = config.id if config.id.startswith("ALE/") else f"ALE/{config.id}-v5"
+    kwargs = {
+        "frameskip": 1, "repeat_action_probability": backend.sticky_actions,
+        "full_action_space": backend.full_action_space,
+    }  # fmt: skip
+    env = make_one(EnvConfig(id=game, kwargs=kwargs), render_mode="rgb_array")
+    env = AtariPreprocessing(env, noop_max=backend.noop_max, frame_skip=backend.frameskip)
+    return FrameStackObservation(env, backend.stack)
+
+
+def print_gym_report(run: Any) -> None:
+    """The summary of a finished run, on standard output."""
+    summary, folder = run.summary, run.folder.path
+    lines = [""]
+    for title in ("before", "after"):
+        figures = summary.get(f"eval/{title}")
+        if figures:
+            lines.append(
+                f"return {title:<6} {figures['reward']:10.2f} ± {figures['reward/std']:.2f}   length"
+                f" {figures['length']:8.1f}   over {figures['episodes']:.0f} episodes"
+            )
+    if "best" in summary:
+        best = summary["best"]
+        lines.append(f"the best policy, of update {best['step']} with {best['reward']:.2f}, is in {folder}/best/policy")
+    steps, seconds = summary.get("decisions", 0), summary.get("seconds/ppo", 0.0)
+    lines.append(
+        f"{summary['updates']:,} updates, {steps:,} steps, {seconds:.0f} s, {steps / max(seconds, 1e-9):,.0f} steps/s"
+    )
+    lines.append(f"{folder}/summary.json has the figures; try:")
+    lines.append(f"  heeler eval {folder} --episodes 20 --video episode.mp4")
+    print("\n".join(lines))

@@ -12,7 +12,7 @@ import torch
 from heeler.ppo.advantages import AdvantageConfig, estimate_advantages
 from heeler.ppo.schedules import Schedule
 from heeler.ppo.update import PPOConfig, update
-from heeler.types import Collector, Policy, Reduce, Rollout, ScoredRollout
+from heeler.types import Collector, Optimizer, Policy, Reduce, Rollout, ScoredRollout
 
 
 class LoopConfig(Protocol):
@@ -46,7 +46,7 @@ class TrainState:
     """
 
     policy: Any
-    optimizer: torch.optim.Optimizer
+    optimizer: Optimizer
     generator: torch.Generator
     step: int = 0
     kl_coef: float = 0.0
