@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +19,10 @@ from statistics import mean, median, stdev
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from pages import hardware, replace_section  # noqa: E402
+
 FIGURES = (
     ("reward", "reward: probability of positive"),
     ("judge", "judge: VADER, -1 to 1"),
@@ -32,19 +34,6 @@ FIGURES = (
     ("length", "length, tokens"),
     ("kl/ref", "KL to the reference, nats a sequence"),
 )
-
-
-def hardware() -> str:
-    """Processor, cores, and whether it multiplies bf16 in hardware."""
-    info = Path("/proc/cpuinfo")
-    if not info.exists():
-        return platform.processor() or platform.machine()
-    lines = info.read_text().splitlines()
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    flags = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
-    cores = sum(line.startswith("processor") for line in lines)
-    features = [f"{'with' if flag in flags else 'without'} {flag}" for flag in ("avx512f", "avx512_bf16", "amx_bf16")]
-    return f"{name}, {cores} cores, {', '.join(features)}"
 
 
 def spread(values: list[float]) -> str:
@@ -135,7 +124,7 @@ def demo_section(folder: Path) -> list[str]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     config = json.loads((folder / "config.json").read_text())
     return [
-        "## One `make demo` on this machine",
+        "### One `make demo` on this machine",
         "",
         f"{summary['updates']} updates; {config['resolved']['notes'][0]}. Training the"
         f" reward model took {summary['reward_model']['seconds']:.0f} s, PPO {summary['seconds/ppo']:.0f} s.",
@@ -164,13 +153,10 @@ def main() -> None:
     config = json.loads((folders[0] / "config.json").read_text())
     reward_model = summaries[0]["reward_model"]
     lines = [
-        "# Results",
-        "",
-        "Made by `make results` (`python benchmarks/imdb_results.py`); nothing on this page is typed in by hand.",
-        "",
-        f"Hardware: {hardware()}. torch {config['resolved']['torch']}. {config['resolved']['notes'][0]}.",
-        "",
         "## Movie reviews: `heeler ppo imdb`",
+        "",
+        f"Made by `{' '.join(['python', 'benchmarks/imdb_results.py', *sys.argv[1:]])}`.",
+        f"Hardware: {hardware()}. torch {config['resolved']['torch']}. {config['resolved']['notes'][0]}.",
         "",
         f"SmolLM2-135M-Instruct continues the first 8 words of reviews with 24 tokens."
         f" {config['resolved']['notes'][1]}; {config['config']['prompts_per_update']} prompts an update,"
@@ -201,7 +187,7 @@ def main() -> None:
         "",
         *(demo_section(arguments.demo) if arguments.demo else []),
     ]
-    (ROOT / "docs" / "results.md").write_text("\n".join(lines), encoding="utf-8")
+    replace_section(ROOT / "docs" / "results.md", "imdb", lines)
     picture(arguments.seeds, metrics, ROOT / "docs" / "images" / "imdb_curve.png")
     print("\n".join(lines))
 

@@ -11,6 +11,7 @@ observations of SAME_STEP. Everything else is the same for both.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple
@@ -229,8 +230,6 @@ def make_vector(config: EnvConfig, seed: int) -> VectorEnvironment:
 
 
 def _make_envpool(config: EnvConfig, backend: EnvPool, seed: int) -> Any:
-    import warnings
-
     import envpool
 
     if config.id not in envpool.list_all_envs():
@@ -289,15 +288,15 @@ class VectorEnvironment:
         self.env = env
         self.config = config
         self.num_envs: int = config.num_envs
-        single_observations = getattr(env, "single_observation_space", None)
-        single_actions = getattr(env, "single_action_space", None)
-        if isinstance(config.backend, EnvPool):
-            single_observations, single_actions = env.observation_space, env.action_space
+        with warnings.catch_warnings():  # EnvPool's, about its own bounds
+            warnings.simplefilter("ignore")
+            single_observations, single_actions = env.single_observation_space, env.single_action_space
         self.reader = ObservationReader(single_observations, config.id)
         self.observations = self.reader.spec
         self.actions = action_spec(single_actions, config.id)
         mode = getattr(env, "metadata", {}).get("autoreset_mode") if not isinstance(config.backend, EnvPool) else None
         self.same_step = str(getattr(mode, "value", mode)) == "SameStep"
+        self.quiet = isinstance(config.backend, Async)
         self._over = np.zeros(self.num_envs, dtype=bool)
         self._lives: Array | None = None
         self._steps = 0
@@ -317,8 +316,14 @@ class VectorEnvironment:
 
     def step(self, actions: Array) -> Step:
         """Take one action (as stored by the collector) in each environment."""
+        sent = to_environment(self.actions, actions)
         try:
-            observations, rewards, terminated, truncated, info = self.env.step(to_environment(self.actions, actions))
+            if self.quiet:
+                with warnings.catch_warnings():  # it announces a worker's error before it raises it
+                    warnings.simplefilter("ignore")
+                    observations, rewards, terminated, truncated, info = self.env.step(sent)
+            else:
+                observations, rewards, terminated, truncated, info = self.env.step(sent)
         except Exception as error:
             raise HeelerError(
                 f"{self.config.id} failed in step {self._steps + 1} of the vector environment: {_told(error)}"
@@ -398,12 +403,17 @@ class VectorEnvironment:
         load_states(self.env, state["envs"], self._over)
 
     def close(self) -> None:
+        """End worker processes; those of an environment that failed are killed."""
         close = getattr(self.env, "close", None)
-        if close is not None:
-            try:
-                close()
-            except Exception:  # a worker that died has nothing left to close
-                self.env = None
+        if close is None:
+            return
+        try:
+            close()
+        except Exception:  # a worker that died does not answer
+            for process in getattr(self.env, "processes", []):
+                process.kill()
+                process.join()
+            self.env.closed = True
 
 
 def _stacked(values: Any, indices: Array) -> Array:

@@ -1,0 +1,32 @@
+"""Sections of a documentation page that scripts write: everything between a section's two marks is replaced."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+
+
+def replace_section(page: Path, name: str, lines: list[str]) -> None:
+    """Put `lines` between `<!-- name -->` and `<!-- /name -->` of the page; at its end where it has no such section."""
+    text = page.read_text(encoding="utf-8") if page.exists() else ""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    body = "\n".join([begin, "", *lines, end])
+    if begin in text:
+        before, _, rest = text.partition(begin)
+        text = before + body + rest.partition(end)[2]
+    else:
+        text = text.rstrip("\n") + "\n\n" * bool(text) + body + "\n"
+    page.write_text(text, encoding="utf-8")
+
+
+def hardware() -> str:
+    """Processor, cores, and whether it multiplies bf16 in hardware."""
+    info = Path("/proc/cpuinfo")
+    if not info.exists():
+        return platform.processor() or platform.machine()
+    lines = info.read_text().splitlines()
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    flags = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
+    cores = sum(line.startswith("processor") for line in lines)
+    features = [f"{'with' if flag in flags else 'without'} {flag}" for flag in ("avx512f", "avx512_bf16", "amx_bf16")]
+    return f"{name}, {cores} cores, {', '.join(features)}"
