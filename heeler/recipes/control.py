@@ -64,6 +64,7 @@ def pendulum() -> GymConfig:
         env=EnvConfig(id="Pendulum-v1", num_envs=4),
         steps=200_000,
         num_steps=512,
+        normalize_observations=True,
         scale_rewards=True,
         lr=1e-3,
         advantage=AdvantageConfig(gamma=0.9, lam=0.95),
@@ -76,8 +77,9 @@ def lunarlander() -> GymConfig:
         env=EnvConfig(id="LunarLander-v3", num_envs=16),
         steps=1_000_000,
         num_steps=1024,
+        scale_rewards=True,
         advantage=AdvantageConfig(gamma=0.999, lam=0.98),
-        ppo=ppo(4, 128, entropy_coef=0.01),
+        ppo=ppo(4, 256, entropy_coef=0.01),
     )
 
 

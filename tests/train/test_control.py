@@ -1,0 +1,419 @@
+"""Runs in environments through the public door: learning, truncation, resuming, seeds, exports, bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from heeler.cli import main
+from heeler.envs.vector import Async, Atari, EnvConfig, Sync
+from heeler.policies.networks import MLP, Custom, NatureCNN
+from heeler.ppo.advantages import AdvantageConfig, estimate_advantages
+from heeler.ppo.schedules import Schedule
+from heeler.ppo.update import PPOConfig
+from heeler.recipes.control import RECIPES, default_config
+from heeler.runtime.reduce import LocalReduce
+from heeler.train.control import (
+    GymConfig,
+    build_gym_run,
+    load_actor_critic,
+    load_policy,
+    make_score,
+    resume_gym,
+    train_gym,
+)
+from heeler.types import HeelerError
+
+PPO = PPOConfig(epochs=4, minibatches=4, max_grad_norm=0.5, token_budget=65536)
+SYNC = [Sync(autoreset="same-step"), Sync(autoreset="next-step")]
+
+
+def config(id, tmp_path, *, name="run", backend=SYNC[0], num_envs=4, **changes):
+    env = EnvConfig(id=id, num_envs=num_envs, backend=backend, kwargs=changes.pop("kwargs", {}))
+    base = GymConfig(env=env, out=str(tmp_path / name), eval_episodes=0, num_steps=16, ppo=PPO, threads=1)
+    return replace(base, **changes)
+
+
+def train(*args, **kwargs):
+    return train_gym(config(*args, **kwargs), show=False)
+
+
+# learning -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "actions, least", [("discrete", 7.0), ("multi_discrete", 7.2), ("multi_binary", 7.2), ("box", 6.5)]
+)
+def test_identity_environments_are_learned(actions, least, tmp_path):
+    run = train(
+        "tests.toy_envs:Identity", tmp_path, kwargs={"actions": actions}, steps=16_000, lr=3e-3, num_steps=32,
+        network=MLP(hidden=(32,)), advantage=AdvantageConfig(gamma=0.9, lam=0.9),
+    )  # fmt: skip
+    assert run.evaluate(episodes=20, deterministic=True)["reward"] > least  # of 8
+
+
+@pytest.mark.parametrize("backend", SYNC, ids=str)
+def test_a_policy_with_memory_recalls_and_one_without_cannot(backend, tmp_path):
+    scores = {}
+    for memory in (0, 16):
+        run = train(
+            "tests.toy_envs:Recall", tmp_path, name=f"memory-{memory}", backend=backend, num_envs=8, num_steps=20,
+            steps=24_000, memory=memory, lr=5e-3, network=MLP(hidden=(16,)),
+            advantage=AdvantageConfig(gamma=0.95, lam=0.95),
+        )  # fmt: skip
+        scores[memory] = run.evaluate(episodes=200, deterministic=True)["reward"]
+    assert scores[16] > 0.95 and scores[0] < 0.75
+
+
+def test_memory_and_masks_go_together(tmp_path):
+    run = train(
+        "tests.toy_envs:Masked", tmp_path, kwargs={"where": "dict"}, steps=6_000, memory=8, lr=5e-3, num_steps=24,
+        network=MLP(hidden=(16,)), advantage=AdvantageConfig(gamma=0.5),
+    )  # fmt: skip
+    assert run.evaluate(episodes=40, deterministic=True)["reward"] > 13.5  # random play gets about 9, the best about 15
+
+
+@pytest.mark.parametrize("kwargs", [{"vector": True}, {"vector": False, "channels_last": False}])
+def test_pictures_are_learned(kwargs, tmp_path):
+    run = train(
+        "tests.toy_envs:Pictures", tmp_path, kwargs=kwargs, steps=768, num_steps=24, network=NatureCNN(features=32),
+        shared=True, lr=1e-3, advantage=AdvantageConfig(gamma=0.5),
+    )  # fmt: skip
+    assert run.evaluate(episodes=8, deterministic=True)["reward"] > 7.5
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_cartpole_is_solved(seed, tmp_path):
+    recipe = replace(RECIPES["cartpole"](), steps=40_000, out=str(tmp_path / "run"), seed=seed, eval_episodes=20)
+    run = train_gym(recipe, show=False)
+    assert run.summary["eval/before"]["reward"] < 150 and run.summary["eval/after"]["reward"] > 400
+
+
+# truncation -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("memory", [0, 4])
+@pytest.mark.parametrize("backend", SYNC, ids=str)
+def test_a_time_limit_is_no_end_of_the_world(backend, memory, normalize, tmp_path):
+    """One state, reward 1: V = 1 / (1 - gamma) = 5 if cuts are bootstrapped; 2.9 on average if they counted as ends."""
+    settings = dict(
+        backend=backend, steps=12_000, num_steps=20, lr=1e-2, memory=memory, normalize_observations=normalize,
+        network=MLP(hidden=(8,)), advantage=AdvantageConfig(gamma=0.8, lam=0.9),
+        lr_schedule=Schedule(shape="linear", end=0.05),
+    )  # fmt: skip
+    for terminates, expected in ((False, 5.0), (True, None)):
+        run = train(
+            "tests.toy_envs:OneState", tmp_path, name=f"run-{terminates}", kwargs={"terminates": terminates}, **settings
+        )
+        rollout = run.collecting.collect(run.state.step)
+        scored, _ = make_score(run)(rollout, run.state)
+        value = float(scored.values.mean())
+        if expected is None:
+            assert value < 3.6
+        else:
+            assert value == pytest.approx(expected, rel=0.06)
+
+
+def test_bootstraps_are_values_of_final_observations(tmp_path):
+    run = build_gym_run(config("tests.toy_envs:Counter", tmp_path, num_steps=11))
+    run.collecting.publish(run.policy, 0)
+    rollout = run.collecting.collect(0)
+    scored, _ = make_score(run)(rollout, run.state)
+    expected = run.policy.parameters_and_values(rollout.final_observations)[1].detach()
+    expected = torch.where(rollout.terminated, torch.zeros_like(expected), expected)
+    torch.testing.assert_close(scored.bootstrap, expected)
+    batch = estimate_advantages(scored, AdvantageConfig(gamma=0.9, lam=0.0, whiten=False), LocalReduce())
+    last = rollout.offsets[1:] - 1  # with lambda 0 the advantage of a last step is r + gamma V(final) - V
+    torch.testing.assert_close(
+        batch.advantages[last], scored.rewards[last] + 0.9 * expected - scored.values[last], rtol=1e-5, atol=1e-4
+    )
+
+
+def test_rewards_are_scaled_by_the_running_std_of_the_discounted_return(tmp_path):
+    run = build_gym_run(config("tests.toy_envs:Counter", tmp_path, num_envs=2, num_steps=7, scale_rewards=True))
+    assert run.scaler is not None
+    gamma = run.scaler.gamma
+    streams, returns = {0: 0.0, 1: 0.0}, []
+    for k in range(4):
+        run.collecting.publish(run.policy, k)
+        run.state.step = k
+        rollout = run.collecting.collect(k)
+        scored, _ = make_score(run)(rollout, run.state)
+        offsets = rollout.offsets.tolist()
+        for s, env in enumerate(rollout.prompt_ids.tolist()):  # the plain loop
+            for i in range(offsets[s], offsets[s + 1]):
+                streams[env] = gamma * streams[env] + float(rollout.step_rewards[i])
+                returns.append(streams[env])
+            if rollout.ended[s]:
+                streams[env] = 0.0
+        std = math.sqrt(np.var(returns) + 1e-8)
+        expected = (rollout.step_rewards / std).clamp(-10, 10).float()
+        torch.testing.assert_close(scored.rewards, expected, rtol=1e-4, atol=1e-5)
+
+
+# the run --------------------------------------------------------------------------------------------------------
+
+
+def lines(run):
+    times = ("seconds", "time/", "decisions_per_second")
+    return [{k: v for k, v in row.items() if not k.startswith(times)} for row in run.folder.metrics()]
+
+
+@pytest.mark.parametrize(
+    "id, changes",
+    [
+        ("CartPole-v1", {}),
+        ("Pendulum-v1", {"normalize_observations": True, "scale_rewards": True}),
+        ("CartPole-v1", {"memory": 8}),
+        ("tests.toy_envs:Identity", {}),
+    ],
+)
+def test_the_same_seed_gives_the_same_numbers(id, changes, tmp_path):
+    first, second, other = (
+        train(id, tmp_path, name=name, steps=640, seed=seed, **changes) for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
+    assert lines(first) == lines(second) and lines(first) != lines(other)
+
+
+@pytest.mark.parametrize("backend", SYNC, ids=str)
+@pytest.mark.parametrize(
+    "id, changes",
+    [
+        ("CartPole-v1", {}),
+        ("CartPole-v1", {"memory": 8}),
+        ("Pendulum-v1", {"normalize_observations": True, "scale_rewards": True}),
+        ("Acrobot-v1", {}),
+    ],
+)
+def test_resumed_equals_uninterrupted(id, changes, backend, tmp_path):
+    whole = train(id, tmp_path, name="whole", backend=backend, updates=8, **changes)
+    train(id, tmp_path, name="half", backend=backend, updates=3, lr_schedule=Schedule(), **changes)
+    with_schedule = train(id, tmp_path, name="full", backend=backend, updates=8, lr_schedule=Schedule(), **changes)
+    half = resume_gym(tmp_path / "half", updates=8, show=False)
+    assert lines(half) == lines(with_schedule)
+    assert len(lines(whole)) == 8
+    for name, weight in with_schedule.policy.state_dict().items():
+        assert torch.equal(weight, half.policy.state_dict()[name]), name
+
+
+def test_mujoco_resumes_in_the_middle_of_its_episodes(tmp_path):
+    pytest.importorskip("mujoco")
+    changes = {"normalize_observations": True, "lr_schedule": Schedule(), "num_envs": 2}
+    whole = train("Hopper-v5", tmp_path, name="whole", updates=5, **changes)
+    train("Hopper-v5", tmp_path, name="half", updates=2, **changes)
+    assert lines(resume_gym(tmp_path / "half", updates=5, show=False)) == lines(whole)
+
+
+def test_environments_without_a_known_state_start_anew_and_say_so(tmp_path, capsys):
+    train("tests.toy_envs:Identity", tmp_path, updates=2)
+    run = resume_gym(tmp_path / "run", updates=4)
+    assert "its episodes start anew" in capsys.readouterr().err + capsys.readouterr().out
+    assert len(lines(run)) == 4
+
+
+def test_the_best_policy_is_kept_and_callbacks_see_every_update(tmp_path):
+    seen = []
+    settings = config("CartPole-v1", tmp_path, steps=1280, eval_episodes=4, eval_every=5)
+    run = train_gym(settings, on_update=lambda report: seen.append(report.metrics["step"]), show=False)
+    assert seen == list(range(1, 21))
+    best = max(row["eval/reward"] for row in run.folder.metrics() if "eval/reward" in row)
+    assert run.summary["best"]["reward"] == best
+    assert (tmp_path / "run" / "best" / "policy" / "weights.pt").is_file()
+    metrics = run.folder.metrics()[-1]
+    wanted = {
+        "step", "decisions", "episodes", "seconds", "decisions_per_second", "reward/mean", "reward/std", "kl/ref",
+        "kl/old_new", "policy/loss", "policy/clip_fraction", "policy/ratio_max", "policy/entropy", "value/loss",
+        "value/explained_variance", "grad_norm", "lr", "completion/length", "completion/truncated_fraction",
+        "engine/logprob_gap", "time/rollout", "time/score", "time/update",
+    }  # fmt: skip
+    assert wanted <= set(metrics)
+    assert sum(row["episodes"] > 0 for row in run.folder.metrics()) > 0
+
+
+def test_clip_and_entropy_follow_their_schedules(tmp_path):
+    falling = Schedule(shape="linear")
+    run = train(
+        "CartPole-v1", tmp_path, updates=4, clip_schedule=falling, entropy_schedule=falling,
+        ppo=replace(PPO, clip_range=1e-9, entropy_coef=0.1),
+    )  # fmt: skip
+    assert run.config.ppo.scaled(clip=0.5, entropy=0.25) == replace(
+        run.config.ppo, clip_range=5e-10, entropy_coef=0.025
+    )
+    assert all(row["policy/clip_fraction"] > 0.2 for row in lines(run))  # a range of nothing clips nearly everything
+
+
+# acting ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "id, changes",
+    [
+        ("CartPole-v1", {}),
+        ("Pendulum-v1", {"normalize_observations": True}),
+        ("tests.toy_envs:Recall", {"memory": 4}),
+        ("tests.toy_envs:Masked", {"kwargs": {"where": "dict"}}),
+        ("tests.toy_envs:Identity", {"kwargs": {"actions": "discrete"}}),
+        ("tests.toy_envs:Identity", {"kwargs": {"actions": "multi_binary"}}),
+    ],
+)
+def test_a_loaded_policy_acts_as_the_run_did(id, changes, tmp_path):
+    import gymnasium
+
+    from heeler.envs.vector import make_one
+
+    run = train(id, tmp_path, updates=2, **changes)
+    policy = load_policy(tmp_path / "run")
+    env: gymnasium.Env = make_one(run.config.env)
+    total, episodes = 0.0, 0
+    observation, info = env.reset(seed=7)
+    policy.reset()
+    state = None
+    for _ in range(40):
+        action = policy.predict(observation)
+        assert env.action_space.contains(action), action
+        batch = {k: np.asarray(v)[None] for k, v in observation.items()} if isinstance(observation, dict) else None
+        batch = np.asarray(observation)[None] if batch is None else batch
+        masks = policy.reader.masks(batch)
+        expected, state = run.policy.predict(policy.reader.read(batch), state, masks=masks)
+        spec = run.policy.actions
+        if spec.kind == "discrete":
+            assert action == expected[0] + spec.start[0]
+        observation, reward, terminated, truncated, info = env.step(action)
+        total += float(reward)
+        if terminated or truncated:
+            episodes += 1
+            observation, info = env.reset()
+            policy.reset()
+            state = None
+
+
+def test_an_observation_of_another_shape_is_refused(tmp_path):
+    train("CartPole-v1", tmp_path, updates=1)
+    with pytest.raises(HeelerError, match="the observation does not fit the space"):
+        load_policy(tmp_path / "run").predict(np.zeros(3, np.float32))
+
+
+def test_evaluation_counts_whole_episodes_of_every_environment(tmp_path):
+    run = train("tests.toy_envs:OneState", tmp_path, updates=1, kwargs={"limit": 7})
+    for backend in SYNC:
+        figures = replace_backend(run, backend).evaluate(episodes=20, deterministic=False)
+        assert figures["reward"] == figures["length"] == 7.0 and figures["reward/std"] == 0.0
+        assert figures["episodes"] >= 20
+
+
+def replace_backend(run, backend):
+    run.config = replace(run.config, env=replace(run.config.env, backend=backend))
+    return run
+
+
+def test_a_network_of_the_users_own(tmp_path):
+    run = train("CartPole-v1", tmp_path, updates=2, network=Custom(builder="tests.train.test_control:build_network"))
+    assert isinstance(run.policy.actor.encoder, OwnNetwork)
+    loaded, _ = load_actor_critic(tmp_path / "run")
+    assert isinstance(loaded.critic.encoder, OwnNetwork)
+    with pytest.raises(HeelerError, match="must return a torch module with an attribute num_features"):
+        train("CartPole-v1", tmp_path, name="other", network=Custom(builder="tests.train.test_control:PPO.scaled"[:32]))
+
+
+class OwnNetwork(torch.nn.Module):
+    def __init__(self, inputs: int) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(inputs, 12)
+        self.num_features = 12
+
+    def forward(self, observations):
+        return torch.sin(self.layer(observations))
+
+
+def build_network(observations):
+    return OwnNetwork(observations.vector)
+
+
+# recipes and bad input ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [n for n in RECIPES if n not in ("pong", "breakout")])
+def test_every_recipe_trains(name, tmp_path):
+    recipe = RECIPES[name]()
+    small = replace(
+        recipe, env=replace(recipe.env, num_envs=2), num_steps=32, updates=1, eval_episodes=0, out=str(tmp_path / "run"),
+        ppo=replace(recipe.ppo, minibatches=min(recipe.ppo.minibatches, 4), epochs=1),
+    )  # fmt: skip
+    assert train_gym(small, show=False).state.decisions > 50
+
+
+def test_atari_games_get_the_atari_settings():
+    assert isinstance(default_config("ALE/Pong-v5").env.backend, Atari)
+    assert isinstance(default_config("LunarLander-v3").network, MLP)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["gym"], "needs an environment: --env"),
+        (["gym", "--env", "CartPol-v1"], "did you mean CartPole-v1"),
+        (["gym", "--env", "tests.toy_envs:Nothing"], "has no environment 'Nothing'"),
+        (["gym", "--env", "no_such_module:Maze"], "there is no module 'no_such_module'"),
+        (
+            ["gym", "--env", "tests.toy_envs:Strange", "--env-kwargs", '{"what": "observations"}'],
+            "no network here reads",
+        ),
+        (
+            ["gym", "--env", "tests.toy_envs:Strange", "--env-kwargs", '{"what": "actions"}'],
+            "PPO here cannot choose from",
+        ),
+        (["gym", "--env", "tests.toy_envs:Identity", "--env-kwargs", '{"colour": 1}'], "cannot be made: TypeError"),
+        (["gym", "--env", "CartPole-v1", "--env-kwargs", "{colour"], "--env-kwargs: broken JSON"),
+        (["gym", "--env", "CartPole-v1", "--env-kwargs", "[1]"], "must be a JSON object"),
+        (["gym", "--env", "CartPole-v1", "network:nature-cnn"], "the Nature CNN reads images"),
+        (["gym", "--env", "tests.toy_envs:Pictures"], "an MLP cannot read the image camera"),
+        (["gym", "--env", "CartPole-v1", "--env.num-envs", "0"], "num_envs must be at least 1"),
+        (["cartpol"], "did you mean cartpole"),
+    ],
+)
+def test_mistakes_are_told_in_a_sentence_and_leave_nothing(words, said, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main(["ppo", *words, *(["--out", str(out)] if words[0] == "gym" and len(words) > 1 else [])]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "how, said", [("nan observation", "showed nan in entry 1"), ("raise", "the robot left the table")]
+)
+def test_an_environment_that_breaks_leaves_the_run_folder_intact(how, said, tmp_path, capsys):
+    out = tmp_path / "run"
+    words = ["gym", "--env", "tests.toy_envs:Broken", "--env-kwargs", json.dumps({"how": how}), "--out", str(out)]
+    assert main(["ppo", *words, "--num-steps", "2", "--eval-episodes", "0", "--checkpoint-every", "1"]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "holds update 2" in error and "Traceback" not in error
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
+    assert (out / "checkpoints" / "step-000002" / "state.pt").is_file()
+
+
+def test_an_async_run_closes_its_workers(tmp_path):
+    run = train("CartPole-v1", tmp_path, updates=1, backend=Async(), num_envs=2)
+    assert run.env.env.closed
+
+
+def test_the_command_line_end_to_end(tmp_path, capsys):
+    out = str(tmp_path / "run")
+    words = ["ppo", "gym", "--env", "CartPole-v1", "--out", out, "--steps", "2048", "--eval-episodes", "3"]
+    assert main(words) == 0
+    assert "return after" in capsys.readouterr().out
+    assert main(["resume", out]) == 2
+    assert "is complete" in capsys.readouterr().err
+    assert main(["resume", out, "--updates", "3"]) == 0
+    assert main(["eval", out, "--episodes", "2", "--video", str(tmp_path / "film.gif")]) == 0
+    told = capsys.readouterr().out
+    assert "over 2 episodes" in told and (tmp_path / "film.gif").stat().st_size > 1000
+    assert json.loads((tmp_path / "run" / "eval.json").read_text())["episodes"] == 2
+    assert main(["export", out, "--onnx", str(tmp_path / "policy.onnx")]) == 0
+    assert "100% of the actions are equal" in capsys.readouterr().out
