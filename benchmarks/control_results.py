@@ -1,11 +1,10 @@
-"""The results of the control recipes over several seeds: their section of docs/results.md, its pictures, its raw curves.
+"""The results of the control recipes over several seeds: their section of docs/results.md, picture and raw curves.
 
     python benchmarks/control_results.py [--recipes cartpole acrobot ...] [--seeds 5] [--parallel 2] [--collect-only]
 
-Each run is one `heeler ppo RECIPE --seed S --threads 1`, as many side by side as there are cores. Runs that are complete
-are not repeated, so the command can be continued. Curves of complete runs are kept in docs/data/control.json (100 points
-each), so that the page can be made again without the runs. Peers' runs by the same script's `--sb3` go into the same
-file: Stable-Baselines3 with its zoo's settings, in an environment of its own.
+Each run is one `heeler ppo RECIPE --seed S --threads 1`, as many side by side as there are cores. Runs that are
+complete are not repeated, so the command can be continued. Curves of complete runs are kept in docs/data/control.json
+(100 points each), so that the page can be made again without the runs.
 """
 
 from __future__ import annotations
@@ -97,8 +96,8 @@ def interval(values: list[float], draws: int = 4000) -> tuple[float, float]:
 
 def table(runs: list[dict[str, Any]]) -> list[str]:
     lines = [
-        "| recipe | environment | steps | seeds | return, interquartile mean [95 %] | mean | each seed | asked | by | before"
-        " | s a run |",
+        "| recipe | environment | steps | seeds | return, interquartile mean [95 %] | mean | each seed | asked | by"
+        " | before | s a run |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for recipe, (title, goal, source) in GOALS.items():
@@ -111,8 +110,8 @@ def table(runs: list[dict[str, Any]]) -> list[str]:
         met = "" if interquartile_mean(after) >= goal else " (short)"
         lines.append(
             f"| `{recipe}` | {title} | {mine[0]['steps'] / 1e6:.1f}M | {len(mine)} |"
-            f" **{interquartile_mean(after):.1f}** [{low:.1f}, {high:.1f}]{met} | {mean(after):.1f} | {each} | {goal:g} |"
-            f" {source} | {mean(r['before'] for r in mine):.1f} | {mean(r['seconds'] for r in mine):.0f} |"
+            f" **{interquartile_mean(after):.1f}** [{low:.1f}, {high:.1f}]{met} | {mean(after):.1f} | {each} |"
+            f" {goal:g} | {source} | {mean(r['before'] for r in mine):.1f} | {mean(r['seconds'] for r in mine):.0f} |"
         )
     return lines
 
@@ -176,11 +175,11 @@ def main() -> None:
     lines = [
         "## Control and games: `heeler ppo RECIPE`",
         "",
-        "Made by `python benchmarks/control_results.py`. Each run had one thread and a core that it shared with nothing but"
-        f" the other runs. Hardware: {hardware()}.",
-        f"Returns are raw and undiscounted, of the most likely actions, over {runs[0]['episodes']:.0f} episodes of the last"
-        " policy (not the best one of the run), observation statistics frozen. In brackets 95 % bootstrap intervals over seeds.",
-        "What is asked was measured by others on older versions of some environments.",
+        "Made by `python benchmarks/control_results.py`. Each run had one thread, two runs side by side.",
+        f"Hardware: {hardware()}.",
+        f"Returns are raw and undiscounted, of the most likely actions, over {runs[0]['episodes']:.0f} episodes of the",
+        "last policy (not the best one of the run), observation statistics frozen. In brackets 95 % bootstrap intervals",
+        "over seeds. What is asked was measured by others, on older versions of some environments.",
         "",
         *table(runs),
         "",

@@ -129,7 +129,10 @@ def _ppo_gym(recipe: str, words: list[str]) -> int:
             config = replace(config, env=replace(config.env, id=id))
     if kwargs is not None:
         config = replace(config, env=replace(config.env, kwargs=_json_object(kwargs, "--env-kwargs")))
-    config = tyro.cli(type(config), args=words, prog=f"heeler ppo {recipe}", default=config)
+    config = tyro.cli(
+        type(config), args=words, prog=f"heeler ppo {recipe}", default=config,
+        config=(tyro.conf.CascadeSubcommandArgs,),  # flags may stand behind network:nature-cnn too
+    )  # fmt: skip
     run = train_gym(config)
     from heeler.train.evaluate_control import print_gym_report
 

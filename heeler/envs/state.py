@@ -8,6 +8,7 @@ MuJoCo environments. Any other environment takes part by two methods, `get_state
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -77,15 +78,13 @@ def _load(layer: Any, saved: dict[str, Any]) -> None:
     if "random" in saved:
         layer.np_random.bit_generator.state = saved["random"]
     if "mujoco" in saved:
-        import mujoco
-
+        mujoco: Any = import_module("mujoco")
         mujoco.mj_setState(layer.model, layer.data, saved["mujoco"], mujoco.mjtState.mjSTATE_INTEGRATION)
         mujoco.mj_forward(layer.model, layer.data)
 
 
 def _mujoco_state(layer: Any) -> np.ndarray[Any, Any]:
-    import mujoco
-
+    mujoco: Any = import_module("mujoco")  # its names come from C++
     kind = mujoco.mjtState.mjSTATE_INTEGRATION
     state = np.empty(mujoco.mj_stateSize(layer.model, kind))
     mujoco.mj_getState(layer.model, layer.data, state, kind)

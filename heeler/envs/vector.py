@@ -140,7 +140,7 @@ def make_one(config: EnvConfig, render_mode: str | None = None) -> Any:
     require("gymnasium", "control")
     import gymnasium
 
-    kwargs = dict(config.kwargs) | ({"render_mode": render_mode} if render_mode else {})
+    kwargs: dict[str, Any] = dict(config.kwargs) | ({"render_mode": render_mode} if render_mode else {})
     try:
         if ":" in config.id:
             env = load_function(config.id, "environment", "my_envs:Maze")(**kwargs)
@@ -199,11 +199,11 @@ def make_vector(config: EnvConfig, seed: int) -> VectorEnvironment:
     import gymnasium
     from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
-    if config.num_envs < 1:
-        raise HeelerError(f"num_envs must be at least 1, not {config.num_envs}")
     backend = config.backend
     if config.wrappers and not isinstance(backend, (Sync, Async)):
-        raise HeelerError(f"{type(backend).__name__} environments take no wrappers: use the sync or async backend")
+        raise HeelerError(
+            f"{type(backend).__name__} environments take no wrappers: add env.backend:sync or env.backend:async"
+        )
     match backend:
         case Sync() | Async():
             mode = AutoresetMode.SAME_STEP if backend.autoreset == "same-step" else AutoresetMode.NEXT_STEP
@@ -216,7 +216,7 @@ def make_vector(config: EnvConfig, seed: int) -> VectorEnvironment:
         case Vectorized():
             make_one(config).close()
             if gymnasium.spec(config.id).vector_entry_point is None:
-                raise HeelerError(f"{config.id} has no vectorised version: use --env.backend:sync")
+                raise HeelerError(f"{config.id} has no vectorised version: add env.backend:sync")
             env = gymnasium.make_vec(
                 config.id, num_envs=config.num_envs, vectorization_mode="vector_entry_point", **config.kwargs
             )
@@ -233,7 +233,7 @@ def _make_envpool(config: EnvConfig, backend: EnvPool, seed: int) -> Any:
     import envpool
 
     if config.id not in envpool.list_all_envs():
-        raise HeelerError(f"EnvPool has no environment {config.id!r}: use the sync backend")
+        raise HeelerError(f"EnvPool has no environment {config.id!r}: add env.backend:sync")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return envpool.make(
@@ -252,7 +252,7 @@ def _make_atari(config: EnvConfig, backend: Atari) -> Any:
 
     game = config.id.removeprefix("ALE/").partition("-")[0].removesuffix("NoFrameskip")
     game = "".join(f"_{c.lower()}" if c.isupper() else c for c in game).lstrip("_")
-    if roms.get_rom_path(game) is None:
+    if game not in roms.get_all_rom_ids():
         from difflib import get_close_matches
 
         close = get_close_matches(game, roms.get_all_rom_ids(), n=3, cutoff=0.5)

@@ -276,14 +276,14 @@ class FlatAdam:
         group = {k: v for k, v in self.param_groups[0].items() if k != "params"}
         return {"state": {0: state} if self.steps else {}, "param_groups": [{**group, "params": [0]}]}
 
-    def load_state_dict(self, saved: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """What `state_dict` of this class or of torch.optim.Adam returned."""
-        if saved["state"]:
-            state = saved["state"][0]
+        if state_dict["state"]:
+            state = state_dict["state"][0]
             self.steps = int(state["step"])
             self.first.copy_(state["exp_avg"])
             self.second.copy_(state["exp_avg_sq"])
-        kept = {k: v for k, v in saved["param_groups"][0].items() if k in self.param_groups[0] and k != "params"}
+        kept = {k: v for k, v in state_dict["param_groups"][0].items() if k in self.param_groups[0] and k != "params"}
         self.param_groups[0].update(kept)
 
 

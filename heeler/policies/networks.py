@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -146,14 +146,14 @@ def build_encoder(network: Network, observations: ObservationSpec) -> nn.Module:
             if observations.images:
                 names = ", ".join(name for name, _ in observations.images)
                 raise HeelerError(
-                    f"an MLP cannot read the image {names}: use --network:nature-cnn, or a network of yours"
+                    f"an MLP cannot read the image {names}: add network:nature-cnn, or a network of yours"
                 )
             return MLPEncoder(observations.vector, hidden, activation)
         case NatureCNN(features=features):
             if not observations.images:
                 raise HeelerError(
                     f"the Nature CNN reads images, but the environment shows a vector of {observations.vector} numbers:"
-                    " use --network:mlp"
+                    " add network:mlp"
                 )
             if observations.mixed:
                 return MixedEncoder(observations, features)
@@ -203,8 +203,7 @@ class Body(nn.Module):
 
     def _step(self, features: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
         """One step of the LSTM written out: less overhead than the sequence kernel, and ONNX can take it."""
-        memory = self.memory
-        assert memory is not None
+        memory: Any = self.memory
         gates = functional.linear(features, memory.weight_ih_l0, memory.bias_ih_l0)
         gates = gates + functional.linear(hidden, memory.weight_hh_l0, memory.bias_hh_l0)
         enter, forget, candidate, leave = gates.chunk(4, dim=1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from heeler.envs.vector import Atari, EnvConfig, Vectorized
 from heeler.policies.networks import NatureCNN
@@ -18,7 +19,7 @@ from heeler.train.control import GymConfig
 LINEAR = Schedule(shape="linear")
 
 
-def ppo(epochs: int, minibatches: int, **changes: float) -> PPOConfig:
+def ppo(epochs: int, minibatches: int, **changes: Any) -> PPOConfig:
     """The update with the usual gradient norm of 0.5 and micro-batches as large as the minibatch."""
     return replace(PPOConfig(epochs=epochs, minibatches=minibatches, max_grad_norm=0.5, token_budget=65536), **changes)
 
@@ -41,9 +42,8 @@ def acrobot() -> GymConfig:
         steps=1_000_000,
         num_steps=256,
         normalize_observations=True,
-        scale_rewards=True,
         advantage=AdvantageConfig(gamma=0.99, lam=0.94),
-        ppo=ppo(4, 16),
+        ppo=ppo(4, 64),
     )
 
 
@@ -108,7 +108,7 @@ def mujoco(id: str, gamma: float = 0.99) -> GymConfig:
         normalize_observations=True,
         scale_rewards=True,
         advantage=AdvantageConfig(gamma=gamma, lam=0.95),
-        ppo=ppo(10, 32),
+        ppo=ppo(10, 32, target_kl=0.02),
     )
 
 

@@ -138,17 +138,17 @@ class VectorCollector:
         for t in range(length):
             _store(raw, t, observations)
             if normalize is None:
-                inputs = observations
+                shown = observations
             else:
-                inputs = normalize(observations)
-                _store(seen, t, inputs)
+                shown = normalize(observations)
+                _store(seen, t, shown)
             if masks is not None:
                 assert self.masks is not None
                 check_masks(self.masks, actions_spec.sizes, env.config.id)
                 masks[:, t] = self.masks
             if self.states is not None:
                 memories.append(self.states)
-            said, self.states = actor.act(inputs, self.states)
+            said, self.states = actor.act(shown, self.states)
             if not np.isfinite(said.sum()):
                 self._complain(raw, rewards, t, step)
             chosen = draw(actions_spec.kind, actions_spec.sizes, said, noise[t], std, self.masks)

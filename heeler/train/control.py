@@ -157,7 +157,7 @@ class GymRun(Run):
     env: VectorEnvironment
     collecting: VectorCollector
     scaler: RewardScaler | None
-    recent: deque[float]
+    recent: deque[tuple[float, int]]
 
     def collector(self) -> Collector:
         return self.collecting
@@ -212,7 +212,7 @@ class GymRun(Run):
                 "count": scaler.moments.count, "mean": scaler.moments.mean, "var": scaler.moments.var,
                 "returns": scaler.returns,
             },
-            "recent": [list(pair) for pair in self.recent],  # pyright: ignore
+            "recent": [list(pair) for pair in self.recent],
         }  # fmt: skip
 
     def load_state(self, state: Mapping[str, Any]) -> None:
@@ -266,7 +266,7 @@ def make_score(run: GymRun) -> Score:
             bootstrap=bootstrap, policy_weights=ones, value_weights=ones, components={},
         )  # fmt: skip
         returns, lengths = rollout.episode_returns, rollout.episode_lengths
-        run.recent.extend(zip(returns.tolist(), lengths.tolist(), strict=True))  # pyright: ignore
+        run.recent.extend(zip(returns.tolist(), lengths.tolist(), strict=True))
         recent = np.array(run.recent) if run.recent else np.full((1, 2), math.nan)
         some = len(returns) > 0
         return scored, {
@@ -291,6 +291,9 @@ def score_steps(policy: ActorCritic, inputs: Steps, budget: int) -> tuple[Tensor
 
 def build_gym_run(config: GymConfig) -> GymRun:
     """Make the environments and the policy; nothing is written yet."""
+    for name, value in (("--env.num-envs", config.env.num_envs), ("--num-steps", config.num_steps)):
+        if value < 1:
+            raise HeelerError(f"{name} must be at least 1, not {value}")
     machine.keep_freed_memory()
     small = isinstance(config.network, MLP) and not config.memory
     machine.set_threads(config.threads or (1 if small else None))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -136,6 +137,8 @@ def record_video(policy: GymPolicy, config: EnvConfig, path: str | Path, *, seed
     require("imageio", "video")
     import imageio
 
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws into memory and needs no display
+
     env = make_picture_env(config)
     fps = int(env.metadata.get("render_fps", 30))
     try:
@@ -151,7 +154,8 @@ def record_video(policy: GymPolicy, config: EnvConfig, path: str | Path, *, seed
     finally:
         env.close()
     try:
-        imageio.mimwrite(path, frames, fps=fps)  # pyright: ignore
+        pace: dict[str, Any] = {"duration": 1000 / fps, "loop": 0} if str(path).endswith(".gif") else {"fps": fps}
+        imageio.mimwrite(path, frames, **pace)  # pyright: ignore
     except Exception as error:
         raise HeelerError(f"cannot write the video {path}: {error}") from error
     return len(frames)

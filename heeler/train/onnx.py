@@ -116,7 +116,7 @@ def export_onnx(policy: ActorCritic, path: str | Path, *, masked: bool = False) 
     inputs = example_inputs(policy, masked, 64, 1)
     with torch.inference_mode():
         expected = [x.numpy() for x in module(*inputs)]
-    said: list[Any] = session.run(outputs, {n: x.numpy() for n, x in zip(module.names, inputs, strict=True)})
+    said: Any = session.run(outputs, {n: x.numpy() for n, x in zip(module.names, inputs, strict=True)})
     figures = {
         "parameters": float(np.abs(said[1] - expected[1]).max()),
         "values": float(np.abs(said[2] - expected[2]).max()),

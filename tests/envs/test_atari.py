@@ -1,0 +1,103 @@
+"""ale-py's vector environment behind our door: its traps, and its preprocessing against Gymnasium's own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from heeler.envs.vector import Atari, EnvConfig, make_vector
+from heeler.recipes.control import RECIPES
+from heeler.train.control import build_gym_run, make_score, train_gym
+from heeler.types import HeelerError
+
+pytest.importorskip("ale_py")
+
+MODES = [Atari(autoreset="same-step", threads=1), Atari(autoreset="next-step", threads=1)]
+
+
+def play(backend, steps, game="ALE/Breakout-v5", num_envs=2, seed=3):
+    env = make_vector(EnvConfig(id=game, num_envs=num_envs, backend=backend), seed)
+    env.reset(seed)
+    generator = np.random.default_rng(0)
+    taken = []
+    for _ in range(steps):
+        taken.append(env.step(generator.integers(0, env.actions.sizes[0], num_envs)))
+    env.close()
+    return env, taken
+
+
+@pytest.mark.parametrize("backend", MODES, ids=str)
+def test_a_lost_life_cuts_the_future_but_not_the_game(backend):
+    env, taken = play(backend, 500)
+    lost = sum(step.lost_life.sum() for step in taken)
+    over = sum((step.terminated | step.truncated).sum() for step in taken)
+    assert over >= 3 and lost >= 3 * over  # five lives a game, the last of which ends it
+    for step in taken:
+        assert not (step.lost_life & step.terminated).any()
+        if step.final is not None:
+            assert env.same_step and step.final[1].shape[1:] == (4, 84, 84)
+        if step.dummies is not None:
+            assert not env.same_step and not (step.dummies & step.lost_life).any()
+
+
+def test_without_life_is_episode_nothing_is_cut():
+    _, taken = play(replace(MODES[0], life_is_episode=False), 200)
+    assert all(step.lost_life is None for step in taken)
+
+
+def test_rewards_are_raw_and_learned_from_by_sign(tmp_path):
+    recipe = RECIPES["breakout"]()
+    env = EnvConfig(id="ALE/Seaquest-v5", num_envs=2, backend=MODES[0])  # pays 20 and more for a hit
+    config = replace(recipe, env=env, num_steps=300, updates=1, eval_episodes=0, out=str(tmp_path / "run"), threads=1)
+    run = build_gym_run(config)
+    run.collecting.publish(run.policy, 0)
+    rollout = run.collecting.collect(0)
+    scored, metrics = make_score(run)(rollout, run.state)
+    run.env.close()
+    assert float(rollout.step_rewards.max()) >= 20.0
+    assert set(scored.rewards.unique().tolist()) == {0.0, 1.0}
+    assert float(scored.scores.sum()) == float(rollout.step_rewards.sum())
+    games = [r for r in rollout.episode_returns]
+    assert int(rollout.ended.sum()) > len(games)  # lives end segments, games end episodes
+    if games:
+        assert metrics["reward/mean"] == pytest.approx(float(np.mean(games)))
+
+
+def test_a_whole_update_of_the_recipe(tmp_path):
+    recipe = RECIPES["pong"]()
+    config = replace(
+        recipe, env=replace(recipe.env, num_envs=2), num_steps=16, updates=1, eval_episodes=0,
+        out=str(tmp_path / "run"), threads=1,
+    )  # fmt: skip
+    assert train_gym(config, show=False).state.decisions == 32
+
+
+@pytest.mark.parametrize("game", ["Pong", "Breakout"])
+def test_frames_are_those_of_gymnasiums_preprocessing(game):
+    """The same emulator steps: no random no-ops, no fire reset; both resize by area, so pixels differ by rounding."""
+    import gymnasium
+    from ale_py.vector_env import AtariVectorEnv
+    from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
+
+    ours = AtariVectorEnv(game.lower(), 1, noop_max=0, use_fire_reset=False, reward_clipping=False, num_threads=1)
+    single = gymnasium.make(f"ALE/{game}-v5", frameskip=1, repeat_action_probability=0.0)
+    theirs = FrameStackObservation(AtariPreprocessing(single, noop_max=0), 4)
+    a, _ = ours.reset(seed=0)
+    b, _ = theirs.reset(seed=0)
+    generator = np.random.default_rng(1)
+    for step in range(60):
+        action = int(generator.integers(0, ours.single_action_space.n))
+        a, reward, terminated, _, _ = ours.step(np.array([action]))
+        b, expected, ended, _, _ = theirs.step(action)
+        assert float(reward[0]) == float(expected) and bool(terminated[0]) == ended
+        if step >= 4:  # before that the stacks are filled differently
+            assert np.abs(a[0].astype(int) - np.asarray(b).astype(int)).max() <= 3, step
+    ours.close()
+    theirs.close()
+
+
+def test_unknown_games_are_named():
+    with pytest.raises(HeelerError, match=r"there is no Atari game 'ALE/Pogn-v5'.*did you mean pong"):
+        make_vector(EnvConfig(id="ALE/Pogn-v5", backend=Atari()), 0)
