@@ -51,8 +51,12 @@ def train(recipe: str, seed: int, folder: Path, extra: list[str]) -> None:
     if (folder / "policy").exists():
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "heeler.cli", "ppo", recipe, "--seed", str(seed), "--out", str(folder)]
-    command += ["--threads", "1", "--eval-episodes", "100" if recipe not in ("pong", "breakout") else "16", *extra]
+    if (folder / "config.json").exists():  # it was interrupted
+        command = [sys.executable, "-m", "heeler.cli", "resume", str(folder)]
+    else:
+        command = [sys.executable, "-m", "heeler.cli", "ppo", recipe, "--seed", str(seed), "--out", str(folder)]
+        episodes = "100" if recipe not in ("pong", "breakout") else "16"
+        command += ["--threads", "1", "--eval-episodes", episodes, *extra]
     with folder.with_suffix(".log").open("wb") as log:
         status = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
     print(f"{recipe} seed {seed}: {'done' if status == 0 else f'status {status}, see {folder}.log'}", flush=True)
@@ -177,8 +181,8 @@ def main() -> None:
         "",
         "Made by `python benchmarks/control_results.py`. Each run had one thread, two runs side by side.",
         f"Hardware: {hardware()}.",
-        f"Returns are raw and undiscounted, of the most likely actions, over {runs[0]['episodes']:.0f} episodes of the",
-        "last policy (not the best one of the run), observation statistics frozen. In brackets 95 % bootstrap intervals",
+        f"Returns are raw and undiscounted, of the most likely actions, over {runs[0]['episodes']:.0f} episodes of",
+        "the last policy (not the best one of the run), observation statistics frozen. In brackets 95 % bootstrap intervals",
         "over seeds. What is asked was measured by others, on older versions of some environments.",
         "",
         *table(runs),

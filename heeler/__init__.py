@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from heeler.envs.vector import EnvConfig
     from heeler.policies.language_model import Full, LoRA, SeparateCritic, TopLayers, ValueHead
     from heeler.ppo.advantages import AdvantageConfig
     from heeler.ppo.kl import AdaptiveKL, FixedKL
     from heeler.ppo.schedules import Schedule
     from heeler.ppo.update import PPOConfig
+    from heeler.train.control import GymConfig, load_gym_run, load_policy, resume_gym, train_gym
     from heeler.train.text import TextConfig, load_text_run, resume_text, train_text
     from heeler.types import CheckFailed, HeelerError, Sampling
 
@@ -19,8 +21,10 @@ _HOMES = {
     "AdaptiveKL": "heeler.ppo.kl",
     "AdvantageConfig": "heeler.ppo.advantages",
     "CheckFailed": "heeler.types",
+    "EnvConfig": "heeler.envs.vector",
     "FixedKL": "heeler.ppo.kl",
     "Full": "heeler.policies.language_model",
+    "GymConfig": "heeler.train.control",
     "HeelerError": "heeler.types",
     "LoRA": "heeler.policies.language_model",
     "PPOConfig": "heeler.ppo.update",
@@ -30,8 +34,12 @@ _HOMES = {
     "TextConfig": "heeler.train.text",
     "TopLayers": "heeler.policies.language_model",
     "ValueHead": "heeler.policies.language_model",
+    "load_gym_run": "heeler.train.control",
+    "load_policy": "heeler.train.control",
     "load_text_run": "heeler.train.text",
+    "resume_gym": "heeler.train.control",
     "resume_text": "heeler.train.text",
+    "train_gym": "heeler.train.control",
     "train_text": "heeler.train.text",
 }
 __all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]

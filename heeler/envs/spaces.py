@@ -105,6 +105,11 @@ class ObservationReader:
             case spaces.Tuple():
                 for i, part in enumerate(space.spaces):
                     self._walk(part, (*path, i))
+            case spaces.Box() if len(space.shape) == 4 and space.dtype == np.uint8:
+                raise HeelerError(
+                    f"{self.where} shows pictures of four dimensions, {space.shape}: fold the stack into the channels"
+                    " with a wrapper, [C, H, W] or [H, W, C]"
+                )
             case spaces.Box() | spaces.Discrete() | spaces.MultiDiscrete() | spaces.MultiBinary():
                 self.parts.append((path, space, isinstance(space, spaces.Box) and _is_image(space)))
             case _:

@@ -14,7 +14,12 @@ from typing import Any
 import numpy as np
 
 KNOWN = ("gymnasium.envs.classic_control.", "gymnasium.envs.toy_text.", "gymnasium.envs.mujoco.")
-STATELESS = ("gymnasium.wrappers.",)
+# wrappers whose whole state is plain numbers
+WRAPPERS = (
+    "TimeLimit", "OrderEnforcing", "PassiveEnvChecker", "TransformObservation", "TransformReward", "TransformAction",
+    "RescaleObservation", "RescaleAction", "ClipAction", "ClipReward", "FlattenObservation", "FilterObservation",
+    "ReshapeObservation", "GrayscaleObservation", "ResizeObservation", "DtypeObservation", "StickyAction",
+)  # fmt: skip
 
 
 def save_states(vector: Any) -> list[dict[str, Any]] | None:
@@ -51,8 +56,9 @@ def _save(env: Any) -> dict[str, Any] | None:
             own = layer.get_state()
             saved.append({"own": own})
             continue
-        known = KNOWN if layer is layer.unwrapped else STATELESS
-        if not type(layer).__module__.startswith(known):
+        module, name = type(layer).__module__, type(layer).__name__
+        own_state_known = module.startswith(KNOWN)
+        if not (own_state_known if layer is layer.unwrapped else module.startswith("gymnasium.") and name in WRAPPERS):
             return None
         plain: dict[str, Any] = {}
         for name, value in vars(layer).items():
@@ -95,7 +101,7 @@ def _is_plain(value: Any) -> bool:
     if value is None or isinstance(value, (bool, int, float, str, np.bool_, np.integer, np.floating)):
         return True
     if isinstance(value, np.ndarray):
-        return value.dtype != object
+        return value.dtype.kind in "biuf"
     if isinstance(value, (tuple, list)):
         return all(_is_plain(v) for v in value)
     return False

@@ -11,6 +11,9 @@ observations of SAME_STEP. Everything else is the same for both.
 
 from __future__ import annotations
 
+import multiprocessing
+import re
+import signal
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -142,7 +145,7 @@ def make_one(config: EnvConfig, render_mode: str | None = None) -> Any:
 
     kwargs: dict[str, Any] = dict(config.kwargs) | ({"render_mode": render_mode} if render_mode else {})
     try:
-        if ":" in config.id:
+        if ":" in config.id and not re.search(r"-v\d+$", config.id):
             env = load_function(config.id, "environment", "my_envs:Maze")(**kwargs)
         else:
             _register(config.id)
@@ -158,9 +161,16 @@ def make_one(config: EnvConfig, render_mode: str | None = None) -> Any:
     except Exception as error:
         raise HeelerError(f"{config.id} cannot be made: {type(error).__name__}: {error}") from error
     for spec in config.wrappers:
-        env = load_function(spec, "wrapper", "my_envs:wrap")(env)
+        wrapper = load_function(spec, "wrapper", "my_envs:wrap")
+        try:
+            env = wrapper(env)
+        except Exception as error:
+            raise HeelerError(f"the wrapper {spec} cannot wrap {config.id}: {_told(error)}") from error
     if not isinstance(env, gymnasium.Env):
         raise HeelerError(f"{config.id} is a {type(env).__name__}, not a gymnasium.Env")
+    for name in ("observation_space", "action_space"):
+        if not isinstance(getattr(env, name, None), gymnasium.Space):
+            raise HeelerError(f"{config.id} has no {name} of Gymnasium: set it in the environment's class or __init__")
     return env
 
 
@@ -195,6 +205,15 @@ def _nearest(id: str) -> str:
 
 def make_vector(config: EnvConfig, seed: int) -> VectorEnvironment:
     """The vector environment that the config describes."""
+    try:
+        return VectorEnvironment(_make_backend(config, seed), config)
+    except HeelerError:
+        raise
+    except Exception as error:
+        raise HeelerError(f"{config.id} cannot be made: {_told(error)}") from error
+
+
+def _make_backend(config: EnvConfig, seed: int) -> Any:
     require("gymnasium", "control")
     import gymnasium
     from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
@@ -207,7 +226,7 @@ def make_vector(config: EnvConfig, seed: int) -> VectorEnvironment:
     match backend:
         case Sync() | Async():
             mode = AutoresetMode.SAME_STEP if backend.autoreset == "same-step" else AutoresetMode.NEXT_STEP
-            make: list[Callable[[], Any]] = [lambda: make_one(config)] * config.num_envs
+            make: list[Callable[[], Any]] = [lambda: _make_in_worker(config)] * config.num_envs
             if isinstance(backend, Sync):
                 env: Any = SyncVectorEnv(make, copy=False, autoreset_mode=mode)
             else:
@@ -215,7 +234,7 @@ def make_vector(config: EnvConfig, seed: int) -> VectorEnvironment:
                 env = AsyncVectorEnv(make, copy=True, autoreset_mode=mode)
         case Vectorized():
             make_one(config).close()
-            if gymnasium.spec(config.id).vector_entry_point is None:
+            if ":" in config.id or gymnasium.spec(config.id).vector_entry_point is None:
                 raise HeelerError(f"{config.id} has no vectorised version: add env.backend:sync")
             env = gymnasium.make_vec(
                 config.id, num_envs=config.num_envs, vectorization_mode="vector_entry_point", **config.kwargs
@@ -226,7 +245,14 @@ def make_vector(config: EnvConfig, seed: int) -> VectorEnvironment:
         case Atari():
             require("ale_py", "atari")
             env = _make_atari(config, backend)
-    return VectorEnvironment(env, config)
+    return env
+
+
+def _make_in_worker(config: EnvConfig) -> Any:
+    """In a worker process Ctrl-C is left to the run, which finishes its update first."""
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return make_one(config)
 
 
 def _make_envpool(config: EnvConfig, backend: EnvPool, seed: int) -> Any:
@@ -297,6 +323,8 @@ class VectorEnvironment:
         mode = getattr(env, "metadata", {}).get("autoreset_mode") if not isinstance(config.backend, EnvPool) else None
         self.same_step = str(getattr(mode, "value", mode)) == "SameStep"
         self.quiet = isinstance(config.backend, Async)
+        self.space = single_observations
+        self.masked = False
         self._over = np.zeros(self.num_envs, dtype=bool)
         self._lives: Array | None = None
         self._steps = 0
@@ -347,39 +375,46 @@ class VectorEnvironment:
         self._over = over
         return Step(
             self.reader.read(observations), np.asarray(rewards, dtype=np.float64), terminated, truncated,
-            lost_life, dummies, final, self._masks(observations, info),
+            lost_life, dummies, final, self._masks(observations, info, None if self.same_step else over),
         )  # fmt: skip
 
     def _final(self, info: Mapping[str, Any], indices: Array) -> Observations:
         """The last observations of the episodes that ended: Gymnasium gives one object each, ale-py a dense array."""
+        from gymnasium.vector.utils import concatenate, create_empty_array
+
         final = info["final_obs"]
-        if isinstance(final, dict):  # a dict space arrives as a dict of arrays, or as one of object arrays
-            return self.reader.read({k: _stacked(v, indices) for k, v in final.items()})
-        stacked = final[indices]
-        if stacked.dtype == object:
-            if isinstance(stacked[0], dict):
-                return self.reader.read({k: np.stack([o[k] for o in stacked]) for k in stacked[0]})
-            if isinstance(stacked[0], tuple):
-                return self.reader.read(tuple(np.stack([o[i] for o in stacked]) for i in range(len(stacked[0]))))
-            stacked = np.stack([np.asarray(o) for o in stacked])
-        return self.reader.read(stacked)
+        if isinstance(final, np.ndarray) and final.dtype != object:
+            return self.reader.read(final[indices])
+        chosen = [_of_env(final, int(i)) for i in indices]
+        return self.reader.read(concatenate(self.space, chosen, create_empty_array(self.space, len(chosen))))
 
     def _lives_of(self, info: Mapping[str, Any]) -> Array | None:
         lives = info.get("lives")
         return None if lives is None else np.array(lives)
 
-    def _masks(self, observations: Any, info: Mapping[str, Any]) -> Array | None:
+    def _take_mask(self, masks: Array, i: int, row: Array) -> None:
+        if len(row) != masks.shape[1]:
+            raise HeelerError(
+                f"{self.config.id} gives an action mask of {len(row)} entries, but its actions need"
+                f" {masks.shape[1] or 'none: only Discrete and MultiDiscrete actions can be masked'}"
+            )
+        masks[i] = row.astype(bool)
+
+    def _masks(self, observations: Any, info: Mapping[str, Any], over: Array | None = None) -> Array | None:
         masks = self.reader.masks(observations)
         if masks is None:
-            given = info.get(MASK_KEY)
-            if given is None:
+            given, present = info.get(MASK_KEY), info.get(f"_{MASK_KEY}")
+            if given is None and not self.masked:
                 return None
-            masks = np.stack([np.asarray(m).ravel() for m in given]).astype(bool) if len(given) else None
-            present = info.get(f"_{MASK_KEY}")
-            if masks is not None and present is not None and not present.all():
-                masks[~present] = True
-        if masks is None:
-            return None
+            masks = np.ones((self.num_envs, self.actions.mask_size), dtype=bool)
+            if given is not None:
+                for i in range(self.num_envs):
+                    if present is None or present[i]:  # where an episode has ended there may be none
+                        parts = given[i] if isinstance(given[i], tuple) else (given[i],)
+                        self._take_mask(masks, i, np.concatenate([np.ravel(part) for part in parts]))
+        self.masked = True
+        if over is not None:
+            masks[over] = True  # no decision is made there
         if masks.shape[1] != self.actions.mask_size:
             raise HeelerError(
                 f"{self.config.id} gives an action mask of {masks.shape[1]} entries, but its actions need"
@@ -416,9 +451,9 @@ class VectorEnvironment:
             self.env.closed = True
 
 
-def _stacked(values: Any, indices: Array) -> Array:
-    chosen = values[indices]
-    return np.stack([np.asarray(v) for v in chosen]) if chosen.dtype == object else chosen
+def _of_env(final: Any, index: int) -> Any:
+    """The final observation of one environment: Gymnasium keeps dicts as a dict of arrays, anything else as objects."""
+    return {k: _of_env(v, index) for k, v in final.items()} if isinstance(final, dict) else final[index]
 
 
 def _told(error: BaseException) -> str:

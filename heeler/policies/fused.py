@@ -296,7 +296,7 @@ def fuse(
     log_std: nn.Parameter | None,
 ) -> FusedMLP | None:
     """The fused form of two separate MLP encoders with their heads, or None where they are something else."""
-    if not (isinstance(actor, MLPEncoder) and isinstance(critic, MLPEncoder)) or actor is critic:
+    if type(actor) is not MLPEncoder or type(critic) is not MLPEncoder or actor is critic:
         return None
     if actions.kind not in ("discrete", "box"):
         return None

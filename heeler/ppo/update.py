@@ -242,7 +242,7 @@ def update(
                 record.rows.append(rows)
                 record.said.append(said)
                 if not math.isfinite(loss):
-                    policy_part, value_part = said[2:].sum(1) / torch.tensor(denominators)
+                    policy_part, value_part = said[2:].sum(1) / torch.tensor(denominators, device=said.device)
                     broken = f"policy part {policy_part.item():.4g}, value part {value_part.item():.4g}"
                     break
             if reduce.world_size > 1 and float(reduce.max(torch.tensor(float(bool(broken))))):

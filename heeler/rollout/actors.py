@@ -42,7 +42,7 @@ class NumpyActor:
         """Whether the policy is an MLP without memory on a CPU, with an activation known here."""
         encoder = policy.actor.encoder
         return (
-            isinstance(encoder, MLPEncoder)
+            type(encoder) is MLPEncoder  # a subclass may compute something else
             and not policy.recurrent
             and policy.device.type == "cpu"
             and all(isinstance(layer, (nn.Linear, nn.Tanh, nn.ReLU)) for layer in encoder.layers)

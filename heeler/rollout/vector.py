@@ -91,7 +91,6 @@ class VectorCollector:
         self.observations: Any = None  # raw, what the next decision is made on
         self.masks: Array | None = None
         self.states: Tensor | None = None
-        self.dummy_next = np.zeros(env.num_envs, dtype=bool)
         self.return_so_far = np.zeros(env.num_envs)
         self.length_so_far = np.zeros(env.num_envs, dtype=np.int64)
 
@@ -164,9 +163,12 @@ class VectorCollector:
             if result.lost_life is not None:
                 cut[:, t] = result.lost_life
             if result.final is not None:
+                self._check_final(*result.final, t, step)
                 finals.append((t, *result.final))
-            if self.masks is not None and result.masks is None:
-                raise HeelerError(f"{env.config.id} gave an action mask before, but none in step {t + 1}")
+            if masks is None and result.masks is not None:
+                raise HeelerError(
+                    f"{env.config.id} gives action masks in step, but gave none in reset: give them in both"
+                )
             self.masks = result.masks
             if result.dummies is not None:
                 valid[:, t] = ~result.dummies
@@ -308,6 +310,16 @@ class VectorCollector:
         if not (fine and np.isfinite(rewards).all()):
             self._complain(raw, rewards, self.num_steps, step)
 
+    def _check_final(self, indices: Array, final: Any, t: int, step: int) -> None:
+        vectors = final.get("vector") if isinstance(final, dict) else final
+        if vectors is None or vectors.dtype == np.uint8 or np.isfinite(vectors).all():
+            return
+        row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
+        raise CheckFailed(
+            f"{self.env.config.id} showed a number that is not finite in the last observation of an episode, in"
+            f" environment {int(indices[row])}, step {t + 1} of update {step + 1}: mend the environment"
+        )
+
     def _complain(self, raw: Any, rewards: Array, t: int, step: int) -> None:
         """Name what is not finite among the first t + 1 steps."""
         id = self.env.config.id
@@ -351,13 +363,15 @@ class VectorCollector:
     def load_state(self, state: Mapping[str, Any], step: int) -> bool:
         """Go on where `save_state` was; False where the episodes had to start anew."""
         if state["environments"] is None:
-            self.seed += 1_000_003 * step  # other episodes than those that the run began with
+            # other episodes than those that the run began with; environments in C++ take 31 bits
+            self.seed = (self.seed + 1_000_003 * step) % (2**31 - 2**16)
             return False
         self.env.reset(self.seed)
         self.env.load_state(_from_portable(state["environments"]))
         self.observations = _from_portable(state["observations"])
         self.masks = _from_portable(state["masks"])
-        self.states = state["states"]
+        states = state["states"]
+        self.states = None if states is None or self.policy is None else states.to(self.policy.device)
         self.return_so_far = state["return_so_far"].numpy().copy()
         self.length_so_far = state["length_so_far"].numpy().copy()
         return True

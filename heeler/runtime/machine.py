@@ -9,6 +9,8 @@ import sys
 import time
 from typing import Any, Literal
 
+from heeler.types import HeelerError
+
 Precision = Literal["auto", "fp32", "bf16"]
 
 
@@ -64,6 +66,11 @@ def choose_device(wanted: str) -> str:
     import torch
 
     if wanted != "auto":
+        try:
+            torch.empty(1, device=wanted)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise HeelerError(f"there is no device {wanted!r} here ({reason}): use --device cpu, or auto") from error
         return wanted
     return "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -77,8 +77,8 @@ class GymConfig:
         eval_episodes: episodes of an evaluation; 0 never evaluates.
         eval_every: evaluate each N updates and keep the best policy; 0 evaluates before and after only.
         eval_deterministic: evaluate the most likely actions instead of draws.
-        device: "auto" takes a GPU where there is one and the network has images or memory.
-        threads: CPU threads of torch; None takes one for small networks, all for images and memory.
+        device: "auto" takes a GPU where there is one and the environment shows images.
+        threads: CPU threads of torch; None takes one for vectors, all for images.
         checkpoint_every: updates between checkpoints.
     """
 
@@ -229,6 +229,8 @@ class GymRun(Run):
             )
             if self.scaler is not None:
                 self.scaler.returns.zero_()
+            self.env.close()  # made again, since some take their seed only then
+            self.env = self.collecting.env = make_vector(self.config.env, self.collecting.seed)
 
 
 def make_score(run: GymRun) -> Score:
@@ -291,19 +293,28 @@ def score_steps(policy: ActorCritic, inputs: Steps, budget: int) -> tuple[Tensor
 
 def build_gym_run(config: GymConfig) -> GymRun:
     """Make the environments and the policy; nothing is written yet."""
-    for name, value in (("--env.num-envs", config.env.num_envs), ("--num-steps", config.num_steps)):
-        if value < 1:
-            raise HeelerError(f"{name} must be at least 1, not {value}")
+    least = {
+        "--env.num-envs": (config.env.num_envs, 1), "--num-steps": (config.num_steps, 2), "--steps": (config.steps, 1),
+        "--checkpoint-every": (config.checkpoint_every, 1), "--ppo.minibatches": (config.ppo.minibatches, 1),
+        "--eval-episodes": (config.eval_episodes, 0), "--memory": (config.memory, 0),
+    }  # fmt: skip
+    for name, (value, minimum) in least.items():
+        if value < minimum:
+            raise HeelerError(f"{name} must be at least {minimum}, not {value}")
     machine.keep_freed_memory()
-    small = isinstance(config.network, MLP) and not config.memory
-    machine.set_threads(config.threads or (1 if small else None))
     machine.seed_everything(config.seed)
-    device = machine.choose_device("cpu" if small and config.device == "auto" else config.device)
     if not config.updates:
         config = replace(config, updates=max(1, math.ceil(config.steps / (config.env.num_envs * config.num_steps))))
     config = replace(config, steps=config.updates * config.env.num_envs * config.num_steps)
     env = make_vector(config.env, config.seed)
-    policy = new_actor_critic(env.observations, env.actions, config).to(device)
+    small = not env.observations.images
+    machine.set_threads(config.threads or (1 if small else None))
+    try:
+        device = machine.choose_device("cpu" if small and config.device == "auto" else config.device)
+        policy = new_actor_critic(env.observations, env.actions, config).to(device)
+    except BaseException:
+        env.close()
+        raise
     policy.fuse()
     parameters = policy.trained()
     groups = [{"params": parameters, "name": "policy", "base_lr": config.lr}]

@@ -15,8 +15,10 @@ from heeler.envs.vector import Atari, EnvConfig, EnvPool, make_one, make_vector
 from heeler.policies.actor_critic import ActorCritic
 from heeler.policies.distributions import draw_noise
 from heeler.runtime.packages import require
-from heeler.runtime.progress import progress
+from heeler.runtime.progress import progress, say
 from heeler.types import HeelerError
+
+MAX_DECISIONS = 27_000  # of one episode in an evaluation: the Atari limit of 108,000 frames
 
 
 def evaluate_policy(
@@ -43,6 +45,7 @@ def evaluate_policy(
     bar = progress(num_envs * each, "evaluating", "episode", show=show)
     returns: list[list[float]] = [[] for _ in range(num_envs)]
     lengths: list[list[int]] = [[] for _ in range(num_envs)]
+    unfinished = 0
     so_far, steps = np.zeros(num_envs), np.zeros(num_envs, dtype=np.int64)
     try:
         observations, masks = env.reset(seed)
@@ -57,13 +60,17 @@ def evaluate_policy(
             real = np.ones(num_envs, dtype=bool) if step.dummies is None else ~step.dummies
             so_far += step.rewards * real
             steps += real
-            over = (step.terminated | step.truncated) & real
+            endless = steps >= MAX_DECISIONS  # an environment without a time limit: what it has paid so far counts
+            unfinished += int((endless & ~(step.terminated | step.truncated)).sum())
+            over = (step.terminated | step.truncated | endless) & real
             for i in np.flatnonzero(over):
                 if len(returns[i]) < each:
                     returns[i].append(float(so_far[i]))
                     lengths[i].append(int(steps[i]))
                     bar.update(1)
             so_far[over], steps[over] = 0.0, 0
+            if unfinished and endless.all():
+                break
             began = over if env.same_step else step.dummies
             if states is not None and began is not None and began.any():
                 states = states.masked_fill(torch.as_tensor(began, device=states.device)[:, None], 0.0)
@@ -71,6 +78,8 @@ def evaluate_policy(
         bar.close()
         env.close()
     all_returns = np.array([r for row in returns for r in row])
+    if unfinished:
+        say(f"{config.id} has no time limit: {unfinished} episodes were counted after {MAX_DECISIONS:,} decisions")
     return {
         "reward": float(all_returns.mean()),
         "reward/std": float(all_returns.std()),
@@ -115,12 +124,13 @@ class GymPolicy:
         """
         from gymnasium.vector.utils import concatenate, create_empty_array
 
-        if not self.space.contains(observation):
+        try:
+            batch = concatenate(self.space, [observation], create_empty_array(self.space, 1))
+        except Exception as error:
             raise HeelerError(
                 f"the observation does not fit the space {self.space} that the policy was trained on: look at its"
                 " shape and dtype, and at the wrappers of the environment"
-            )
-        batch = concatenate(self.space, [observation], create_empty_array(self.space, 1))
+            ) from error
         masks = self.reader.masks(batch) if mask is None else np.asarray(mask).reshape(1, -1).astype(bool)
         noise = None
         if not (self.deterministic if deterministic is None else deterministic):

@@ -89,6 +89,10 @@ def export_onnx(policy: ActorCritic, path: str | Path, *, masked: bool = False) 
     Raises:
         HeelerError: the file does not compute what the policy does.
     """
+    if masked and not policy.actions.mask_size:
+        raise HeelerError("only Discrete and MultiDiscrete actions can be masked: leave --masked out")
+    if not Path(path).absolute().parent.is_dir():
+        raise HeelerError(f"there is no folder {Path(path).absolute().parent} for the ONNX file")
     for package in ("onnx", "onnxscript", "onnxruntime"):
         require(package, "onnx")
     import onnxruntime

@@ -230,7 +230,12 @@ def _train_and_export(run: Run, on_update: OnUpdate | None, show: bool) -> None:
     run.export(folder.path)
     if run.can_evaluate():
         say("evaluating after training", show)
-        run.summary["eval/after"] = run.figures(show, "after")
+        after = run.figures(show, "after")
+        run.summary["eval/after"] = after
+        best = run.summary.get("best")
+        if best is not None and after[run.best_figure] > best[run.best_figure]:
+            run.summary["best"] = {"step": state.step, **after}
+            run.export(folder.path / "best")
     run.summary["peak_memory_gib"] = round(machine.peak_memory_gib(), 2)
     folder.write_summary(run.summary)
 

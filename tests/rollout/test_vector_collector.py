@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from heeler.policies.steps import Segments, Steps
 from heeler.rollout.actors import NumpyActor, TorchActor
 from heeler.rollout.vector import VectorCollector
 from heeler.types import HeelerError
+from tests.toy_envs import Masked
 
 MODES = [
     Sync(autoreset="same-step"),
@@ -240,3 +242,72 @@ def test_a_mask_that_forbids_everything_is_named():
     collector, _ = collector_of("tests.toy_envs:Masked", forbid_all=True, num_steps=8)
     with pytest.raises(HeelerError, match="forbids every action"):
         collector.collect(0)
+
+
+class LateMask(Masked):
+    """Gives its mask in step only."""
+
+    def reset(self, *, seed=None, options=None):
+        observation, _ = super().reset(seed=seed)
+        return observation, {}
+
+
+class NoMoveLeft(Masked):
+    """At the end of an episode nothing is allowed any more."""
+
+    def _show(self):
+        observation, info = super()._show()
+        if self.t >= 6:
+            info = {"action_mask": np.zeros(4, np.int8)}
+        return observation, info
+
+
+class Nested(gym.Env):
+    """A dict in a dict, and a tuple."""
+
+    observation_space = gym.spaces.Dict({
+        "a": gym.spaces.Dict({"x": gym.spaces.Box(-9, 9, (1,), np.float32)}),
+        "b": gym.spaces.Tuple([gym.spaces.Discrete(3), gym.spaces.Box(-9, 9, (2,), np.float32)]),
+    })  # fmt: skip
+    action_space = gym.spaces.Discrete(2)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return self._look(), {}
+
+    def _look(self):
+        return {"a": {"x": np.full(1, self.t, np.float32)}, "b": (self.t % 3, np.full(2, -self.t, np.float32))}
+
+    def step(self, action):
+        self.t += 1
+        return self._look(), 1.0, False, self.t >= 4, {}
+
+
+def test_masks_must_come_with_reset_too():
+    collector, _ = collector_of(f"{__name__}:LateMask", num_steps=8)
+    with pytest.raises(HeelerError, match="gives action masks in step, but gave none in reset"):
+        collector.collect(0)
+
+
+@pytest.mark.parametrize("backend", MODES[:2], ids=str)
+def test_an_episode_may_end_where_nothing_is_allowed(backend):
+    collector, policy = collector_of(f"{__name__}:NoMoveLeft", backend=backend, num_steps=30)
+    rollout = collector.collect(0)
+    torch.testing.assert_close(
+        rollout.behavior_logprobs, policy.evaluate(rollout.inputs).logprobs, rtol=1e-5, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("backend", MODES, ids=str)
+def test_nested_observations_arrive_whole_at_the_end_of_an_episode(backend):
+    collector, _ = collector_of(f"{__name__}:Nested", backend=backend, num_steps=9)
+    try:
+        rollout = collector.collect(0)
+    finally:
+        collector.env.close()
+    cut = torch.nonzero(rollout.ended).squeeze(1)
+    assert len(cut) >= 2 and not bool(rollout.terminated.any())
+    final = rollout.final_observations[cut]
+    expected = torch.tensor([4.0, 0.0, 1.0, 0.0, -4.0, -4.0]).expand(len(cut), -1)  # step 4, and 4 % 3 as one-hot
+    torch.testing.assert_close(final, expected)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from heeler.cli import main
-from heeler.envs.vector import Async, Atari, EnvConfig, Sync, make_one
+from heeler.envs.vector import Async, Atari, EnvConfig, Sync, make_one, make_vector
 from heeler.policies.networks import MLP, Custom, NatureCNN
 from heeler.ppo.advantages import AdvantageConfig, estimate_advantages
 from heeler.ppo.schedules import Schedule
@@ -368,6 +368,10 @@ def test_atari_games_get_the_atari_settings():
         (["gym", "--env", "CartPole-v1", "network:nature-cnn"], "the Nature CNN reads images"),
         (["gym", "--env", "tests.toy_envs:Pictures"], "an MLP cannot read the image camera"),
         (["gym", "--env", "CartPole-v1", "--env.num-envs", "0"], "--env.num-envs must be at least 1, not 0"),
+        (["gym", "--env", "CartPole-v1", "--env.wrappers", "gymnasium.wrappers:FrameStackObservation"], "cannot wrap"),
+        (["gym", "--env", "tests.toy_envs:OneState", "env.backend:vectorized"], "has no vectorised version"),
+        (["gym", "--env", "CartPole-v1", "--checkpoint-every", "0"], "--checkpoint-every must be at least 1"),
+        (["gym", "--env", "CartPole-v1", "--device", "gpu"], "there is no device 'gpu'"),
         (["cartpol"], "did you mean cartpole"),
     ],
 )
@@ -411,3 +415,57 @@ def test_the_command_line_end_to_end(tmp_path, capsys):
     assert json.loads((tmp_path / "run" / "eval.json").read_text())["episodes"] == 2
     assert main(["export", out, "--onnx", str(tmp_path / "policy.onnx")]) == 0
     assert "100% of the actions are equal" in capsys.readouterr().out
+
+
+def test_a_run_whose_seed_grew_large_still_resumes(tmp_path):
+    train("tests.toy_envs:Identity", tmp_path, updates=2, seed=2**31 - 2**16 - 5)
+    run = resume_gym(tmp_path / "run", updates=3, show=False)
+    assert 0 <= run.collecting.seed < 2**31
+
+
+def test_toy_text_environments_are_saved_and_restored(tmp_path):
+    whole = train("FrozenLake-v1", tmp_path, name="whole", updates=4, lr_schedule=Schedule())
+    train("FrozenLake-v1", tmp_path, name="half", updates=2, lr_schedule=Schedule())
+    assert lines(resume_gym(tmp_path / "half", updates=4, show=False)) == lines(whole)
+
+
+def test_wrappers_with_a_memory_of_their_own_start_anew(tmp_path):
+    from heeler.envs.state import save_states
+
+    config_ = EnvConfig(id="CartPole-v1", num_envs=1, wrappers=("gymnasium.wrappers:NormalizeObservation",))
+    env = make_vector(config_, 0)
+    env.reset(0)
+    assert save_states(env.env) is None
+    plain = make_vector(replace(config_, wrappers=("tests.toy_envs:double_reward",)), 0)
+    plain.reset(0)
+    assert save_states(plain.env) is not None
+    assert plain.step(np.zeros(1, np.int64)).rewards.tolist() == [2.0]
+
+
+def test_an_endless_environment_can_be_evaluated(tmp_path, monkeypatch):
+    from heeler.train import evaluate_control
+
+    monkeypatch.setattr(evaluate_control, "MAX_DECISIONS", 50)
+    run = train("tests.toy_envs:OneState", tmp_path, updates=1, kwargs={"limit": 10**9})
+    assert run.evaluate(episodes=2)["length"] == 50.0
+
+
+def test_the_last_policy_is_kept_as_best_where_it_is(tmp_path):
+    settings = config("CartPole-v1", tmp_path, updates=7, eval_episodes=2, eval_every=5)
+    scores = iter([1.0, 5.0, 9.0])
+    run = build_gym_run(settings)
+
+    def figures(show, note):
+        return {"reward": next(scores), "reward/std": 0.0, "length": 1.0, "episodes": 2.0}
+
+    run.figures = figures
+    from heeler.train.run import begin, new_folder
+
+    with new_folder(settings.out) as folder:
+        pass
+    begin(run, folder, None, None, False)
+    assert run.summary["best"] == {"step": 7, **figures_of(9.0)}
+
+
+def figures_of(reward):
+    return {"reward": reward, "reward/std": 0.0, "length": 1.0, "episodes": 2.0}
