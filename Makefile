@@ -35,13 +35,15 @@ unit: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
-# the tables and the picture of docs/results.md: three seeds of the demo (half an hour on two cores)
+# the tables and pictures of docs/results.md: three seeds of the demo (an hour on two cores), the control recipes (hours)
 results: $(STAMP)
 	$(BIN)/python benchmarks/imdb_results.py
+	$(BIN)/python benchmarks/control_results.py
 
-# one update, side by side with TRL in an environment of its own
+# side by side with others in environments of their own: one update with TRL; steps/s with SB3, CleanRL and PureJaxRL
 benchmark: $(STAMP)
 	$(BIN)/python benchmarks/update_speed.py
+	$(BIN)/python benchmarks/control_speed.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

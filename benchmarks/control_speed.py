@@ -83,8 +83,8 @@ def to_target(rows: dict[str, Measure], seeds: int) -> list[str]:
     lines = [
         "### CartPole-v1 to a mean return of 475 over the last 100 episodes, whole process",
         "",
-        "Imports and compilation included. PureJaxRL's method is one compiled program: its time is that until the update",
-        "that reached the target, as if it had stopped there.",
+        "Imports and compilation included. PureJaxRL's method is one compiled program: its time is that until the",
+        "update that reached the target, as if it had stopped there.",
         "",
         "| system | reached | seconds, median | lowest to highest | steps, median |",
         "|---|---|---|---|---|",

@@ -23,8 +23,9 @@ from heeler.envs.vector import EnvConfig, VectorEnvironment, make_one, make_vect
 from heeler.policies.actor_critic import ActorCritic
 from heeler.policies.fused import FlatAdam
 from heeler.policies.networks import MLP, Network
-from heeler.policies.steps import Steps, pick
+from heeler.policies.steps import Observed, Segments, Steps, pick
 from heeler.ppo.advantages import AdvantageConfig
+from heeler.ppo.minibatches import budgeted_microbatches, decision_indices
 from heeler.ppo.moments import RunningMoments
 from heeler.ppo.schedules import Schedule
 from heeler.ppo.shaping import segment_sums
@@ -250,8 +251,7 @@ def make_score(run: GymRun) -> Score:
                 if len(needed):
                     bootstrap[needed] = policy.parameters_and_values(pick(rollout.final_observations, needed))[1]
             else:
-                output, after = policy.evaluate_with_final(inputs, rollout.final_observations)
-                old, values = output.logprobs, output.values
+                old, values, after = score_segments(policy, inputs, rollout.final_observations, config.ppo.token_budget)
                 bootstrap = torch.where(rollout.terminated, torch.zeros_like(after), after)
         if bool((rollout.policy_versions != state.step).any()):
             raise CheckFailed(f"the environments were stepped with other weights than those of update {state.step}")
@@ -289,6 +289,21 @@ def score_steps(policy: ActorCritic, inputs: Steps, budget: int) -> tuple[Tensor
     """Old log-probabilities and values of steps, `budget` at a time."""
     parts = [policy.evaluate(inputs.select(slice(i, i + budget))) for i in range(0, len(inputs.actions), budget)]
     return torch.cat([p.logprobs for p in parts]), torch.cat([p.values for p in parts])
+
+
+def score_segments(
+    policy: ActorCritic, inputs: Segments, final: Observed, budget: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Old log-probabilities, values, and the value after each segment, for policies with memory."""
+    counts = inputs.decision_counts
+    old = torch.empty(len(inputs.actions), device=policy.device)
+    values, after = torch.empty_like(old), torch.empty(len(counts), device=policy.device)
+    for items in budgeted_microbatches(torch.arange(len(counts)), inputs.costs.cpu(), budget):
+        items = items.to(policy.device)
+        indices = decision_indices(items, counts)
+        output, last = policy.evaluate_with_final(inputs.select(items), pick(final, items))
+        old[indices], values[indices], after[items] = output.logprobs, output.values, last
+    return old, values, after
 
 
 def build_gym_run(config: GymConfig) -> GymRun:

@@ -148,6 +148,8 @@ def record_video(policy: GymPolicy, config: EnvConfig, path: str | Path, *, seed
     import imageio
 
     os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws into memory and needs no display
+    if "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")
 
     env = make_picture_env(config)
     fps = int(env.metadata.get("render_fps", 30))
@@ -161,6 +163,10 @@ def record_video(policy: GymPolicy, config: EnvConfig, path: str | Path, *, seed
             frames.append(env.render())
             if terminated or truncated:
                 break
+    except HeelerError:
+        raise
+    except Exception as error:
+        raise HeelerError(f"{config.id} cannot be filmed: {type(error).__name__}: {error}") from error
     finally:
         env.close()
     try:

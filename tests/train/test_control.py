@@ -15,7 +15,7 @@ from heeler.envs.vector import Async, Atari, EnvConfig, Sync, make_one, make_vec
 from heeler.policies.networks import MLP, Custom, NatureCNN
 from heeler.ppo.advantages import AdvantageConfig, estimate_advantages
 from heeler.ppo.schedules import Schedule
-from heeler.ppo.update import PPOConfig
+from heeler.ppo.update import PPOConfig, update
 from heeler.recipes.control import RECIPES, default_config
 from heeler.runtime.reduce import LocalReduce
 from heeler.train.control import (
@@ -236,16 +236,22 @@ def test_the_best_policy_is_kept_and_callbacks_see_every_update(tmp_path):
     assert sum(row["episodes"] > 0 for row in run.folder.metrics()) > 0
 
 
-def test_clip_and_entropy_follow_their_schedules(tmp_path):
-    falling = Schedule(shape="linear")
-    run = train(
-        "CartPole-v1", tmp_path, updates=4, clip_schedule=falling, entropy_schedule=falling,
-        ppo=replace(PPO, clip_range=1e-9, entropy_coef=0.1),
+def test_clip_and_entropy_follow_their_schedules(tmp_path, monkeypatch):
+    from heeler.train import ppo as loop
+
+    seen = []
+
+    def watched(policy, optimizer, batch, ppo, **rest):
+        seen.append((ppo.clip_range, ppo.entropy_coef))
+        return update(policy, optimizer, batch, ppo, **rest)
+
+    monkeypatch.setattr(loop, "update", watched)
+    train(
+        "CartPole-v1", tmp_path, updates=4, clip_schedule=Schedule(shape="linear"),
+        entropy_schedule=Schedule(shape="linear", end=0.5), ppo=replace(PPO, clip_range=0.2, entropy_coef=0.1),
     )  # fmt: skip
-    assert run.config.ppo.scaled(clip=0.5, entropy=0.25) == replace(
-        run.config.ppo, clip_range=5e-10, entropy_coef=0.025
-    )
-    assert all(row["policy/clip_fraction"] > 0.2 for row in lines(run))  # a range of nothing clips nearly everything
+    expected = [(0.2, 0.1), (0.15, 0.0875), (0.1, 0.075), (0.05, 0.0625)]
+    np.testing.assert_allclose(seen, expected)
 
 
 # acting ---------------------------------------------------------------------------------------------------------
