@@ -110,11 +110,12 @@ def table(runs: list[dict[str, Any]]) -> list[str]:
             continue
         after = [r["after"] for r in mine]
         low, high = interval(after)
+        spread = f" [{low:.1f}, {high:.1f}]" if len(after) > 2 else ""
         each = ", ".join(f"{v:.1f}" if abs(v) < 1000 else f"{v:.0f}" for v in after)
         met = "" if interquartile_mean(after) >= goal else " (short)"
         lines.append(
             f"| `{recipe}` | {title} | {mine[0]['steps'] / 1e6:.1f}M | {len(mine)} |"
-            f" **{interquartile_mean(after):.1f}** [{low:.1f}, {high:.1f}]{met} | {mean(after):.1f} | {each} |"
+            f" **{interquartile_mean(after):.1f}**{spread}{met} | {mean(after):.1f} | {each} |"
             f" {goal:g} | {source} | {mean(r['before'] for r in mine):.1f} | {mean(r['seconds'] for r in mine):.0f} |"
         )
     return lines
