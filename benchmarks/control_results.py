@@ -73,7 +73,6 @@ def read(recipe: str, folder: Path) -> dict[str, Any]:
         "recipe": recipe,
         "seed": config["config"]["seed"],
         "steps": summary["decisions"],
-        "seconds": round(summary["seconds/ppo"]),
         "before": summary["eval/before"]["reward"],
         "after": summary["eval/after"]["reward"],
         "after_std": summary["eval/after"]["reward/std"],
@@ -101,8 +100,8 @@ def interval(values: list[float], draws: int = 4000) -> tuple[float, float]:
 def table(runs: list[dict[str, Any]]) -> list[str]:
     lines = [
         "| recipe | environment | steps | seeds | return, interquartile mean [95 %] | mean | each seed | asked | by"
-        " | before | s a run |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        " | before |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for recipe, (title, goal, source) in GOALS.items():
         mine = sorted((r for r in runs if r["recipe"] == recipe), key=lambda r: r["seed"])
@@ -116,7 +115,7 @@ def table(runs: list[dict[str, Any]]) -> list[str]:
         lines.append(
             f"| `{recipe}` | {title} | {mine[0]['steps'] / 1e6:.1f}M | {len(mine)} |"
             f" **{interquartile_mean(after):.1f}**{spread}{met} | {mean(after):.1f} | {each} |"
-            f" {goal:g} | {source} | {mean(r['before'] for r in mine):.1f} | {mean(r['seconds'] for r in mine):.0f} |"
+            f" {goal:g} | {source} | {mean(r['before'] for r in mine):.1f} |"
         )
     return lines
 
