@@ -67,7 +67,7 @@ def pendulum() -> GymConfig:
         normalize_observations=True,
         scale_rewards=True,
         lr=1e-3,
-        advantage=AdvantageConfig(gamma=0.9, lam=0.95),
+        advantage=AdvantageConfig(gamma=0.95, lam=0.95),
         ppo=ppo(10, 32),
     )
 
