@@ -179,7 +179,7 @@ def main() -> None:
     lines = [
         "## Control and games: `heeler ppo RECIPE`",
         "",
-        "Made by `python benchmarks/control_results.py`. Each run had one thread, two runs side by side.",
+        "Made by `python benchmarks/control_results.py`. Each run had one thread, two or three side by side.",
         f"Hardware: {hardware()}.",
         f"Returns are raw and undiscounted, of the most likely actions, over {runs[0]['episodes']:.0f} episodes of",
         "the last policy (not the best one of the run), observation statistics frozen. In brackets 95 % bootstrap",
