@@ -22,25 +22,17 @@ def shuffled_minibatches(num_items: int, num_minibatches: int, generator: torch.
     return list(order.tensor_split(num_minibatches))
 
 
-def budgeted_microbatches(items: Tensor, costs: Tensor, budget: int, longest: int | None = None) -> list[Tensor]:
+def budgeted_microbatches(items: Tensor, costs: Tensor, budget: int) -> list[Tensor]:
     """Micro-batches of similar cost per item, each of at most `budget` after padding.
 
     Rows are padded to the longest of their micro-batch, so what counts is rows * longest. Items are sorted by
-    cost first: neighbours have equal lengths and little is padded. An item over the budget goes alone. Where all fit
-    into one micro-batch they keep their order.
+    cost first: neighbours have equal lengths and little is padded. An item over the budget goes alone.
 
     Args:
         items: `[J]` indices into `costs`.
         costs: `[I]` cost of every item.
         budget: rows * longest of a micro-batch.
-        longest: a bound on the items' costs, where the caller knows one; it saves looking.
     """
-    if len(items) == 0:
-        return []
-    if longest is None:
-        longest = int(costs[items].max())
-    if len(items) * max(longest, 1) <= budget:
-        return [items]  # one micro-batch: its order saves nothing
     order = items[torch.argsort(costs[items], descending=True, stable=True)]
     batches: list[Tensor] = []
     start = 0

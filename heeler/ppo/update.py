@@ -212,7 +212,7 @@ def update(
     )
     costs, decision_counts = batch.inputs.costs, batch.inputs.decision_counts
     one_each = bool((decision_counts == 1).all())  # items are decisions
-    longest = int(costs.max()) if len(costs) else 0
+    alike = bool((costs == costs[:1]).all())  # then nothing is gained by sorting them
     columns = torch.stack([getattr(batch, name) for name in COLUMNS], dim=1)  # (N, 7): one gather a minibatch
     num_items = -int(reduce.max(-torch.tensor(len(costs))))  # the smallest share of any process
     record = _Record()
@@ -225,7 +225,11 @@ def update(
         num_minibatches = min(config.minibatches, num_items)  # fewer where there are fewer items
         for items in shuffled_minibatches(len(costs), num_minibatches, generator) if num_items else []:
             items = items.to(costs.device)
-            micro_batches = budgeted_microbatches(items, costs, config.token_budget, longest)
+            if alike:
+                rows_each = max(config.token_budget // max(int(costs[0]), 1), 1)
+                micro_batches = list(items.split(rows_each))  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
+            else:
+                micro_batches = budgeted_microbatches(items, costs, config.token_budget)
             indices_of = [m if one_each else decision_indices(m, decision_counts) for m in micro_batches]
             rows_of = [columns[indices] for indices in indices_of]
             weight_sums = torch.stack([rows[:, 4:6].sum(0) for rows in rows_of]).sum(0)

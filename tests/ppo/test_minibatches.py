@@ -49,9 +49,7 @@ def costed_items(draw):
 
 
 def microbatches_loop(items, costs, budget):
-    """As they come where all fit together; else longest first, each next item joining while its padded row fits."""
-    if items and len(items) * max(max(costs[i] for i in items), 1) <= budget:
-        return [list(items)]
+    """Longest first; each next item joins while its padded row still fits."""
     batches = []
     for item in sorted(items, key=lambda i: -costs[i]):
         if batches and (len(batches[-1]) + 1) * max(costs[batches[-1][0]], 1) <= budget:

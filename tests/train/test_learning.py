@@ -55,4 +55,4 @@ def test_count_to_n(count_llama: str, tmp_path: Path, seed: int) -> None:
     assert run.folder is not None
     metrics = run.folder.metrics()
     assert metrics[0]["reward/mean"] < 0.2
-    assert sum(m["reward/mean"] for m in metrics[-5:]) / 5 > 0.6  # seeds end between .70 and .93
+    assert sum(m["reward/mean"] for m in metrics[-5:]) / 5 > 0.8
