@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from heeler.runtime.packages import did_you_mean
 from heeler.types import HeelerError
 
 HELP = """heeler: PPO for language models, control and games
@@ -62,15 +63,8 @@ def _dispatch(words: list[str]) -> int:
         "export": _export,
     }  # fmt: skip
     if words[0] not in verbs:
-        raise HeelerError(f"there is no verb {words[0]!r}{_nearest(words[0], verbs)}; heeler --help lists them")
+        raise HeelerError(f"there is no verb {words[0]!r}{did_you_mean(words[0], verbs)}; heeler --help lists them")
     return verbs[words[0]](words[1:])
-
-
-def _nearest(word: str, choices: Sequence[str] | dict[str, Any]) -> str:
-    from difflib import get_close_matches
-
-    close = get_close_matches(word, list(choices), n=2)
-    return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
 def _parse(cls: Any, words: list[str], prog: str) -> Any:
@@ -85,7 +79,7 @@ def _recipe(verb: str, words: list[str], recipes: Sequence[str]) -> tuple[str, l
         raise SystemExit(0 if words else 2)
     if words[0] not in recipes:
         raise HeelerError(
-            f"there is no recipe {words[0]!r} for heeler {verb}{_nearest(words[0], recipes)}; there are:"
+            f"there is no recipe {words[0]!r} for heeler {verb}{did_you_mean(words[0], recipes)}; there are:"
             f" {', '.join(recipes)}"
         )
     return words[0], words[1:]

@@ -23,7 +23,7 @@ import numpy as np
 import tyro
 
 from heeler.envs.spaces import MASK_KEY, Array, ObservationReader, Observations, action_spec, to_environment
-from heeler.runtime.packages import load_function, require
+from heeler.runtime.packages import did_you_mean, load_function, require
 from heeler.types import HeelerError
 
 Autoreset = Literal["same-step", "next-step"]
@@ -193,14 +193,10 @@ def _extra(id: str) -> str:
 
 
 def _nearest(id: str) -> str:
-    from difflib import get_close_matches
-
     import gymnasium
 
     known = [name for name in gymnasium.registry if "/" not in name or name.startswith("ALE/")]
-    by_lower = {name.lower(): name for name in known}
-    close = [by_lower[name] for name in get_close_matches(id.lower(), list(by_lower), n=3, cutoff=0.5)]
-    return f" (did you mean {' or '.join(close)}?)" if close else ": is the package that registers it imported?"
+    return did_you_mean(id, known) or ": is the package that registers it imported?"
 
 
 def make_vector(config: EnvConfig, seed: int) -> VectorEnvironment:
@@ -279,11 +275,7 @@ def _make_atari(config: EnvConfig, backend: Atari) -> Any:
     game = config.id.removeprefix("ALE/").partition("-")[0].removesuffix("NoFrameskip")
     game = "".join(f"_{c.lower()}" if c.isupper() else c for c in game).lstrip("_")
     if game not in roms.get_all_rom_ids():
-        from difflib import get_close_matches
-
-        close = get_close_matches(game, roms.get_all_rom_ids(), n=3, cutoff=0.5)
-        hint = f" (did you mean {' or '.join(close)}?)" if close else ""
-        raise HeelerError(f"there is no Atari game {config.id!r}{hint}")
+        raise HeelerError(f"there is no Atari game {config.id!r}{did_you_mean(game, roms.get_all_rom_ids())}")
     # raw rewards, and whole games: with episodic_life=True this class starts a new game at each lost life
     return AtariVectorEnv(
         game,
@@ -392,13 +384,12 @@ class VectorEnvironment:
         lives = info.get("lives")
         return None if lives is None else np.array(lives)
 
-    def _take_mask(self, masks: Array, i: int, row: Array) -> None:
-        if len(row) != masks.shape[1]:
+    def _check_mask_size(self, size: int) -> None:
+        if size != self.actions.mask_size:
             raise HeelerError(
-                f"{self.config.id} gives an action mask of {len(row)} entries, but its actions need"
-                f" {masks.shape[1] or 'none: only Discrete and MultiDiscrete actions can be masked'}"
+                f"{self.config.id} gives an action mask of {size} entries, but its actions need"
+                f" {self.actions.mask_size or 'none: only Discrete and MultiDiscrete actions can be masked'}"
             )
-        masks[i] = row.astype(bool)
 
     def _masks(self, observations: Any, info: Mapping[str, Any], over: Array | None = None) -> Array | None:
         masks = self.reader.masks(observations)
@@ -411,15 +402,13 @@ class VectorEnvironment:
                 for i in range(self.num_envs):
                     if present is None or present[i]:  # where an episode has ended there may be none
                         parts = given[i] if isinstance(given[i], tuple) else (given[i],)
-                        self._take_mask(masks, i, np.concatenate([np.ravel(part) for part in parts]))
+                        row = np.concatenate([np.ravel(part) for part in parts])
+                        self._check_mask_size(len(row))
+                        masks[i] = row.astype(bool)
         self.masked = True
         if over is not None:
             masks[over] = True  # no decision is made there
-        if masks.shape[1] != self.actions.mask_size:
-            raise HeelerError(
-                f"{self.config.id} gives an action mask of {masks.shape[1]} entries, but its actions need"
-                f" {self.actions.mask_size or 'none: only Discrete and MultiDiscrete actions can be masked'}"
-            )
+        self._check_mask_size(masks.shape[1])
         return masks
 
     def save_state(self) -> dict[str, Any] | None:

@@ -76,7 +76,9 @@ class ActorCritic(nn.Module):
         self.critic = self.actor if shared else Body(build_encoder(network, observations), memory)
         self.action_head = orthogonal(nn.Linear(self.actor.num_features, actions.num_parameters), 0.01)
         self.value_head = orthogonal(nn.Linear(self.critic.num_features, 1), 1.0)
-        self.log_std = nn.Parameter(torch.full((actions.num_parameters,), log_std)) if actions.kind == "box" else None
+        self.log_std = (
+            nn.Parameter(torch.full((actions.num_parameters,), float(log_std))) if actions.kind == "box" else None
+        )
         self.recurrent = memory > 0
         self.fused: FusedMLP | None = None
 
@@ -145,14 +147,8 @@ class ActorCritic(nn.Module):
         logprobs, entropy = self.distribution(parameters, inputs.actions, inputs.masks)
         return PolicyOutput(logprobs=logprobs, entropy=entropy, values=values)
 
-    def evaluate_with_final(self, inputs: Any, final: Observed) -> tuple[PolicyOutput, Tensor]:
-        """`evaluate`, and the value `[S]` of the observation after each segment.
-
-        With memory the final observation is read with the memory that its segment left behind.
-        """
-        if isinstance(inputs, Steps):
-            after = self.parameters_and_values(final)[1] if count(final) else torch.zeros(0, device=self.device)
-            return self.evaluate(inputs), after
+    def evaluate_with_final(self, inputs: Segments, final: Observed) -> tuple[PolicyOutput, Tensor]:
+        """`evaluate`, and the value `[S]` of each segment's final observation, by the memory that it left behind."""
         parameters, values, after = self._along(inputs, final)
         logprobs, entropy = self.distribution(parameters, inputs.actions, inputs.masks)
         assert after is not None

@@ -6,7 +6,8 @@ import importlib
 import logging
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,13 @@ def load_function(spec: str, what: str = "function", example: str = "my_rewards:
     if not callable(function):
         raise HeelerError(f"the module {module_name!r} has no {what} {name!r}")
     return function
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """ " (did you mean A or B?)", or nothing where no choice is close; case does not matter."""
+    by_lower = {choice.lower(): choice for choice in choices}
+    close = [by_lower[name] for name in get_close_matches(word.lower(), list(by_lower), n=3, cutoff=0.55)]
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
 def where_raised(error: BaseException) -> str:

@@ -28,7 +28,7 @@ from heeler.ppo.advantages import AdvantageConfig
 from heeler.ppo.minibatches import budgeted_microbatches, decision_indices
 from heeler.ppo.moments import RunningMoments
 from heeler.ppo.schedules import Schedule
-from heeler.ppo.shaping import segment_sums
+from heeler.ppo.shaping import segment_of_decision, segment_sums
 from heeler.ppo.update import PPOConfig
 from heeler.rollout.vector import VectorCollector, VectorRollout
 from heeler.runtime import machine
@@ -130,7 +130,7 @@ class RewardScaler:
         first = torch.ones(num_segments, dtype=torch.bool)
         first[1:] = env[1:] != env[:-1]
         carry = torch.where(first, self.returns[env], torch.zeros(num_segments, dtype=torch.float64))
-        segment = torch.repeat_interleave(torch.arange(num_segments), lengths)
+        segment = segment_of_decision(offsets)
         position = torch.arange(len(given)) - offsets[segment]
         grid = torch.zeros(int(lengths.max()), num_segments, dtype=torch.float64)
         grid[position, segment] = given
@@ -201,9 +201,6 @@ class GymRun(Run):
 
     def describe_evaluation(self, figures: Mapping[str, float]) -> str:
         return f"return {figures['reward']:.1f} ± {figures['reward/std']:.1f} over {figures['episodes']:.0f} episodes"
-
-    def resolved(self) -> dict[str, Any]:
-        return {**super().resolved(), "device": str(self.policy.device)}
 
     def save_state(self) -> dict[str, Any]:
         scaler = self.scaler

@@ -85,7 +85,8 @@ class Run:
 
     def resolved(self) -> dict[str, Any]:
         """What was chosen at start and must be the same when the run is resumed."""
-        return {"threads": torch.get_num_threads(), "notes": self.notes, "torch": torch.__version__}
+        device = str(self.state.policy.device)
+        return {"threads": torch.get_num_threads(), "device": device, "notes": self.notes, "torch": torch.__version__}
 
     def save_state(self) -> dict[str, Any]:
         """Whatever else a checkpoint must hold."""

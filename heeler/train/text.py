@@ -183,8 +183,7 @@ class TextRun(Run):
         ]
 
     def resolved(self) -> dict[str, Any]:
-        device = str(self.policy.device)
-        return {"precision": self.policy.precision, **super().resolved(), "device": device}
+        return {"precision": self.policy.precision, **super().resolved()}
 
     def publish(self) -> None:
         self.engine.begin()
