@@ -28,6 +28,10 @@ class HeelerError(Exception):
     """
 
 
+class Unavailable(HeelerError):
+    """Something outside the run does not answer any more (a reward server): the run saves before it gives up."""
+
+
 class CheckFailed(HeelerError):
     """An invariant of the run broke (a NaN, a ratio off 1 at the first minibatch, lost reward mass, ...)."""
 
@@ -313,6 +317,28 @@ class Collector(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Samples:
+    """S prompts with one completion each, as rewards see them.
+
+    Attributes:
+        prompts: strings, or lists of chat messages.
+        completions: texts, without stop strings and special tokens.
+        columns: the other columns of the prompt set, each a list of length S.
+        completion_ids: the sampled tokens of each completion, an end-of-sequence token included.
+        truncated: each completion was cut at the length cap: it has no end.
+    """
+
+    prompts: Sequence[object]
+    completions: Sequence[str]
+    columns: Mapping[str, Sequence[object]]
+    completion_ids: Sequence[Sequence[int]]
+    truncated: Sequence[bool]
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+
+@dataclass(frozen=True, kw_only=True)
 class RewardOutput:
     """What a reward says of S samples.
 
@@ -328,6 +354,6 @@ class RewardOutput:
 
 
 class Reward(Protocol):
-    def __call__(
-        self, *, prompts: Sequence[object], completions: Sequence[str], columns: Mapping[str, Sequence[object]]
-    ) -> RewardOutput: ...
+    """Judges completions. Raises `HeelerError` where it cannot, `Unavailable` where it might later."""
+
+    def __call__(self, samples: Samples) -> RewardOutput: ...

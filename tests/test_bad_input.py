@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 from pathlib import Path
@@ -17,6 +18,7 @@ from heeler.rewards.functions import FunctionReward
 from heeler.runtime.packages import load_function, require
 from heeler.runtime.runs import RunFolder
 from heeler.types import HeelerError
+from tests.tiny import samples_of
 
 REWARDS = """
 import math
@@ -195,14 +197,18 @@ def test_reward_functions_of_trl_run_unchanged() -> None:
         return [1, 0]
 
     chat = [{"role": "user", "content": "2 + 2?"}]
-    output = FunctionReward(reward_func, "f")(
-        prompts=["a", chat], completions=["b", "4"], columns={"answer": ["x", "4"], "level": [1, 2]}
-    )
+    output = FunctionReward(reward_func, "f")(samples_of(["a", chat], ["b", "4"], answer=["x", "4"], level=[1, 2]))
     assert output.scores.tolist() == [1.0, 0.0]
     assert seen["completions"] == ["b", [{"role": "assistant", "content": "4"}]]
-    assert seen["answer"] == ["x", "4"] and seen["others"] == ["level", "prompts"]
+    assert seen["answer"] == ["x", "4"] and seen["others"] == ["completion_ids", "level", "prompts", "truncated"]
     tensor = FunctionReward(lambda prompts, completions: torch.tensor([0.5]), "g")
-    assert tensor(prompts=["a"], completions=["b"], columns={}).scores.tolist() == [0.5]
+    assert tensor(samples_of(["a"], ["b"])).scores.tolist() == [0.5]
+
+    async def later(prompts: Any, completions: Any, truncated: Any) -> list[float]:
+        await asyncio.sleep(0)
+        return [float(cut) for cut in truncated]
+
+    assert FunctionReward(later, "h")(samples_of(["a", "b"], ["c", "d"], [True, False])).scores.tolist() == [1.0, 0.0]
 
 
 def test_a_module_that_cannot_be_imported(workplace: Path) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from heeler.types import Samples
+
 ARCHITECTURES = ("llama", "gpt2", "qwen2", "qwen3", "gpt_neox")
 
 
@@ -79,3 +81,16 @@ def save_tiny_model(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def samples_of(
+    prompts: list[Any], completions: list[str], truncated: list[bool] | None = None, **columns: list[Any]
+) -> Samples:
+    """Samples as a rollout gives them; every word is a token."""
+    return Samples(
+        prompts=prompts,
+        completions=completions,
+        columns=columns,
+        completion_ids=[list(range(len(text.split()))) for text in completions],
+        truncated=truncated or [False] * len(completions),
+    )

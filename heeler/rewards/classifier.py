@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from heeler.policies import loading
-from heeler.types import HeelerError, RewardOutput
+from heeler.types import HeelerError, RewardOutput, Samples
 
 
 def texts_of(prompts: Sequence[Any], completions: Sequence[str]) -> list[str]:
@@ -65,10 +65,8 @@ class ClassifierReward:
             start += len(rows)
         return logits
 
-    def __call__(
-        self, *, prompts: Sequence[Any], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
-    ) -> RewardOutput:
-        logits = self.logits(texts_of(prompts, completions))
+    def __call__(self, samples: Samples) -> RewardOutput:
+        logits = self.logits(texts_of(samples.prompts, samples.completions))
         return RewardOutput(
             scores=logits * self.scale + self.shift,
             token_rewards=None,

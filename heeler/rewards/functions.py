@@ -1,21 +1,24 @@
 """Reward functions by the convention that people already use.
 
 A reward function is called with keywords: `prompts=`, `completions=`, and every other column of the prompt set
-as a list. It returns one float a sample, or one list of floats a sample (a value for each sampled token).
-For chat prompts the completions arrive as messages, `[{"role": "assistant", "content": ...}]`, so functions
-written for TRL run unchanged.
+as a list; `completion_ids=` (the sampled tokens) and `truncated=` where its signature takes them. It returns one
+float a sample, or one list of floats a sample (a value for each sampled token). It may be `async`. For chat prompts
+the completions arrive as messages, `[{"role": "assistant", "content": ...}]`, so functions written for TRL run
+unchanged.
 """
 
 from __future__ import annotations
 
+import asyncio
+import inspect
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 import torch
 
 from heeler.runtime.packages import where_raised
-from heeler.types import HeelerError, RewardOutput
+from heeler.types import HeelerError, RewardOutput, Samples
 
 RewardFunction = Callable[..., Sequence[Any]]
 
@@ -25,21 +28,38 @@ class FunctionReward:
 
     def __init__(self, function: RewardFunction, name: str) -> None:
         self.function, self.name = function, name
+        self.extra = [
+            argument for argument in ("completion_ids", "truncated") if _takes(function, argument)
+        ]  # a function that names its columns one by one must not get more than these
 
-    def __call__(
-        self, *, prompts: Sequence[Any], completions: Sequence[str], columns: Mapping[str, Sequence[Any]]
-    ) -> RewardOutput:
-        arguments: list[Any] = [
+    def __call__(self, samples: Samples) -> RewardOutput:
+        arguments: dict[str, Any] = {name: getattr(samples, name) for name in self.extra} | dict(samples.columns)
+        arguments["prompts"] = list(samples.prompts)
+        arguments["completions"] = [
             text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
-            for prompt, text in zip(prompts, completions, strict=True)
+            for prompt, text in zip(samples.prompts, samples.completions, strict=True)
         ]
         try:
-            values = self.function(prompts=list(prompts), completions=arguments, **columns)
+            values = self.function(**arguments)
+            if inspect.isawaitable(values):
+                values = asyncio.run(_result(values))
         except HeelerError:
             raise
         except Exception as error:
             raise HeelerError(f"the reward function {self.name} raised {where_raised(error)}") from error
-        return check_values(values, len(prompts), self.name)
+        return check_values(values, len(samples), self.name)
+
+
+async def _result(awaitable: Awaitable[Any]) -> Any:
+    return await awaitable
+
+
+def _takes(function: Any, argument: str) -> bool:
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
+    return argument in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
 def check_values(values: Any, count: int, name: str) -> RewardOutput:

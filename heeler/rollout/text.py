@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 from heeler.data.prompts import PromptSet
 from heeler.policies.inputs import TokenInputs
 from heeler.rollout.engines.draws import draw_seed
-from heeler.types import Completion, Engine, Reduce, Request, Rollout, Sampling
+from heeler.types import Completion, Engine, Reduce, Request, Rollout, Samples, Sampling
 
 
 def prompts_of_update(num_prompts: int, per_update: int, step: int, seed: int) -> list[int]:
@@ -115,6 +116,18 @@ def sample_rollout(
         prompts=[prompts.prompts[i] for i in indices],
         completions=texts,
         columns={name: [column[i] for i in indices] for name, column in prompts.columns.items()},
+    )
+
+
+def samples_of(rollout: Rollout) -> Samples:
+    """What a reward sees of a rollout of texts."""
+    actions, offsets = rollout.actions.tolist(), rollout.offsets.tolist()
+    return Samples(
+        prompts=rollout.prompts,
+        completions=rollout.completions,
+        columns=rollout.columns,
+        completion_ids=[actions[start:end] for start, end in pairwise(offsets)],
+        truncated=rollout.truncated.tolist(),
     )
 
 

@@ -19,7 +19,7 @@ from heeler.policies.inputs import TokenInputs
 from heeler.policies.language_model import LanguageModelPolicy
 from heeler.ppo.minibatches import budgeted_microbatches
 from heeler.rollout.engines.draws import draw_seed
-from heeler.rollout.text import sample_rollout
+from heeler.rollout.text import sample_rollout, samples_of
 from heeler.types import Engine, Reward, Sampling
 
 
@@ -91,14 +91,14 @@ def evaluate_text(
         output, ref_logprobs, _ = policy.score(inputs.select(items.to(inputs.lengths.device)))
         kl += float((output.logprobs - ref_logprobs).double().sum())
         nll -= float(ref_logprobs.double().sum())
-    given = {"prompts": rollout.prompts, "completions": rollout.completions, "columns": rollout.columns}
-    scored = reward(**given)
+    given = samples_of(rollout)
+    scored = reward(given)
     shown = scored.components.get("probability", scored.scores)
     count, tokens = len(indices), len(rollout.actions)
     figures = {
         "reward": float(shown.mean()),
         "reward_score": float(scored.scores.mean()),
-        **{name: float(judge(**given).scores.mean()) for name, judge in judges.items()},
+        **{name: float(judge(given).scores.mean()) for name, judge in judges.items()},
         "perplexity": math.exp(min(nll / tokens, 50.0)),
         "distinct_2": corpus_distinct(rollout.completions, 2),
         "distinct_2_within": distinct(rollout.completions, 2),

@@ -12,6 +12,7 @@ from heeler.ppo.kl import kl_estimate, next_kl_coef
 from heeler.ppo.minibatches import budgeted_microbatches, decision_indices
 from heeler.ppo.moments import moments
 from heeler.ppo.shaping import segment_sums, segment_weights, shape_rewards
+from heeler.rollout.text import samples_of
 from heeler.runtime.reduce import LocalReduce
 from heeler.train.ppo import TrainState
 from heeler.types import CheckFailed, HeelerError, Rollout, ScoredRollout
@@ -31,7 +32,7 @@ def make_score(run: TextRun) -> Callable[[Rollout, TrainState], tuple[ScoredRoll
     def score(rollout: Rollout, state: TrainState) -> tuple[ScoredRollout, dict[str, float]]:
         inputs = rollout.inputs
         assert isinstance(inputs, TokenInputs)
-        output = run.reward(prompts=rollout.prompts, completions=rollout.completions, columns=rollout.columns)
+        output = run.reward(samples_of(rollout))
         device = rollout.behavior_logprobs.device
         scores = output.scores.to(device)
         if not bool(torch.isfinite(scores).all()):

@@ -11,6 +11,7 @@ import torch
 from heeler.rewards.classifier import ClassifierReward
 from heeler.train.reward import LabelledTexts, RewardConfig, accuracy, train_reward_model
 from heeler.types import HeelerError
+from tests.tiny import samples_of
 
 WORDS = ["good", "fine", "bad", "poor", "film", "the", "a"]
 
@@ -54,7 +55,7 @@ def test_it_learns_loads_and_rewards(encoder: str, tmp_path: Path) -> None:
     assert report["figures"]["test"]["accuracy"] == 1.0
     assert json.loads((tmp_path / "rm" / "heeler.json").read_text())["figures"] == report["figures"]
     reward = ClassifierReward(str(tmp_path / "rm"), batch_tokens=16)
-    output = reward(prompts=["the", "the"], completions=[" good film", " poor film"], columns={})
+    output = reward(samples_of(["the", "the"], [" good film", " poor film"]))
     assert output.components["probability"][0] > 0.9 > 0.1 > output.components["probability"][1]
     torch.testing.assert_close(output.scores.sigmoid(), output.components["probability"])
     assert accuracy(reward.model, data, 8)["accuracy"] == 1.0
