@@ -253,10 +253,13 @@ class Sampling:
     Attributes:
         max_new_tokens: the length cap, in tokens.
         temperature: logits are divided by it, in the engine, the trainer and the reference alike.
+        stop: a completion ends where one of these strings appears in it, as at an end of sequence. The tokens that
+            spell it are decisions; the text that rewards see ends before it.
     """
 
     max_new_tokens: int = 64
     temperature: float = 1.0
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,10 +282,11 @@ class Completion:
     Attributes:
         tokens: sampled ids, the end-of-sequence token included where one was drawn.
         logprobs: `[len(tokens)]` float32, under the distribution sampled from.
-        finish_reason: "stop" (end of sequence) or "length" (the cap).
+        finish_reason: "stop" (end of sequence, or a stop string) or "length" (the cap).
         version: of the weights that sampled.
         trunk_states: `[len(prompt) + len(tokens) - 1, H]` hidden states at the boundary of the frozen trunk,
             where the engine was asked to keep them; the trainer then need not compute them again.
+        stop_string: the stop string that ended it, if one did.
     """
 
     tokens: Sequence[int]
@@ -290,6 +294,7 @@ class Completion:
     finish_reason: Literal["stop", "length"]
     version: int
     trunk_states: Tensor | None = None
+    stop_string: str | None = None
 
 
 class Engine(Protocol):

@@ -102,6 +102,7 @@ class LanguageModelPolicy:
         precision: "fp32", or "bf16" (frozen weights in bf16, trained ones in fp32 under autocast).
         entropy_gradient: whether the entropy is part of the loss.
         seed: of the value network's and the adapters' first weights.
+        token_bias: `[V]` added to the logits of policy and reference (a token mask), or None.
     """
 
     def __init__(
@@ -114,6 +115,7 @@ class LanguageModelPolicy:
         precision: Literal["fp32", "bf16"] = "fp32",
         entropy_gradient: bool = False,
         seed: int = 0,
+        token_bias: Tensor | None = None,
     ) -> None:
         self.trainable, self.critic_config = trainable, critic
         self.temperature, self.precision = temperature, precision
@@ -121,6 +123,7 @@ class LanguageModelPolicy:
         self.notes: list[str] = []  # what the user should know about the paths that were chosen
         self.model: Any = model.eval()
         self.device: torch.device = next(model.parameters()).device
+        self.token_bias = None if token_bias is None else token_bias.to(self.device)
         base = model.base_model
         if isinstance(trainable, (TopLayers, LoRA)) and trainable.layers is not None:
             found = layer_list(base)
@@ -343,16 +346,24 @@ class LanguageModelPolicy:
                 hidden[rows.rows, rows.columns].to(head.weight.dtype),
                 head.weight,
                 rows.tokens,
-                bias=head.bias,
+                bias=self._biased(head.bias),
                 temperature=self.temperature,
                 entropy_gradient=self.entropy_gradient,
             )
             return logprobs, entropy, hidden
         output = model(input_ids=rows.ids, use_cache=False, output_hidden_states=True)
-        logp = (output.logits[rows.rows, rows.columns].float() / self.temperature).log_softmax(-1)
+        logits = output.logits[rows.rows, rows.columns].float()
+        if self.token_bias is not None:
+            logits = logits + self.token_bias
+        logp = (logits / self.temperature).log_softmax(-1)
         logprobs = logp.gather(1, rows.tokens[:, None])[:, 0]
         entropy = -(logp.exp() * logp).sum(-1)
         return logprobs, entropy if self.entropy_gradient else entropy.detach(), output.hidden_states[-1]
+
+    def _biased(self, bias: Tensor | None) -> Tensor | None:
+        if bias is None or self.token_bias is None:
+            return self.token_bias if bias is None else bias
+        return bias + self.token_bias
 
     def _values(self, hidden: Tensor, rows: PaddedRows, states: Tensor | None) -> Tensor:
         """`[B, L]` values at every position."""

@@ -16,6 +16,7 @@ Source: arXiv 1909.08593, section 2.2, for the KL term. Derivation: docs/algorit
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -24,6 +25,28 @@ from torch import Tensor
 from heeler.types import CheckFailed
 
 Truncation = Literal["terminal", "bootstrap", "drop"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreShaping:
+    """What happens to scores before they become rewards; logs show the raw ones.
+
+    Attributes:
+        scale: divide by the running standard deviation of all scores so far [Zheng et al., 2307.04964, section 5].
+        clip: then cut off beyond +-clip; None cuts nothing.
+        whiten: divide the rewards of all decisions, KL penalty included, by their standard deviation over the batch;
+            the mean stays [Ziegler et al., 1909.08593].
+    """
+
+    scale: bool = False
+    clip: float | None = None
+    whiten: bool = False
+
+    def apply(self, x: Tensor, std: float) -> Tensor:
+        """Scores, or rewards of single tokens, scaled by `std` and clipped."""
+        if self.scale:
+            x = x / max(std, 1e-8)
+        return x if self.clip is None else x.clamp(-self.clip, self.clip)
 
 
 def segment_of_decision(offsets: Tensor) -> Tensor:

@@ -132,11 +132,13 @@ def samples_of(rollout: Rollout) -> Samples:
 
 
 def decode(tokenizer: Any, completion: Completion) -> str:
-    """The text of a completion, without its end-of-sequence token."""
+    """The text of a completion, without its end-of-sequence token, up to the stop string that ended it."""
     tokens = list(completion.tokens)
-    if completion.finish_reason == "stop":
+    if completion.finish_reason == "stop" and completion.stop_string is None:
         tokens = tokens[:-1]
-    return tokenizer.decode(tokens, skip_special_tokens=True)
+    text = tokenizer.decode(tokens, skip_special_tokens=True)
+    cut = -1 if completion.stop_string is None else text.rfind(completion.stop_string)
+    return text if cut < 0 else text[:cut]
 
 
 def pack(prompts: Sequence[Sequence[int]], completions: Sequence[Completion], device: torch.device) -> TokenInputs:

@@ -38,7 +38,8 @@ class TrainState:
 
     Attributes:
         policy: trained in place.
-        optimizer: its groups carry `base_lr`, which the schedule multiplies.
+        optimizer: its groups carry `base_lr`, which the schedule multiplies, and where they wait for others
+            `starts_at`, the first update that trains them.
         generator: shuffles the minibatches.
         step: updates done.
         kl_coef: beta of the penalty toward the reference.
@@ -86,7 +87,7 @@ def train_loop(
         judged = time.perf_counter()
         factor = config.lr_schedule.factor(state.step, config.updates)
         for group in state.optimizer.param_groups:
-            group["lr"] = group["base_lr"] * factor
+            group["lr"] = group["base_lr"] * factor if state.step >= group.get("starts_at", 0) else 0.0
         ppo = config.ppo.scaled(
             clip=config.clip_schedule.factor(state.step, config.updates),
             entropy=config.entropy_schedule.factor(state.step, config.updates),

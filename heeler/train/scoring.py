@@ -10,7 +10,7 @@ import torch
 from heeler.policies.inputs import TokenInputs
 from heeler.ppo.kl import kl_estimate, next_kl_coef
 from heeler.ppo.minibatches import budgeted_microbatches, decision_indices
-from heeler.ppo.moments import moments
+from heeler.ppo.moments import moments, whiten
 from heeler.ppo.shaping import segment_sums, segment_weights, shape_rewards
 from heeler.rollout.text import samples_of
 from heeler.runtime.reduce import LocalReduce
@@ -45,6 +45,14 @@ def make_score(run: TextRun) -> Callable[[Rollout, TrainState], tuple[ScoredRoll
                 f" {state.step} was published"
             )
         token_rewards = None if output.token_rewards is None else _flat_rewards(output.token_rewards, rollout)
+        if config.shaping.scale:
+            run.score_moments = run.score_moments.merge(scores, reduce)
+        std = float(run.score_moments.var.sqrt())
+        if token_rewards is None:
+            paid = config.shaping.apply(scores, std)
+        else:
+            token_rewards = config.shaping.apply(token_rewards, std)
+            paid = segment_sums(token_rewards, rollout.offsets)
 
         bootstrapping = config.truncation == "bootstrap"
         old, ref = torch.empty_like(rollout.behavior_logprobs), torch.empty_like(rollout.behavior_logprobs)
@@ -65,11 +73,13 @@ def make_score(run: TextRun) -> Callable[[Rollout, TrainState], tuple[ScoredRoll
         cut = rollout.truncated
         nothing = torch.zeros_like(cut)
         rewards = shape_rewards(
-            scores, token_rewards, kl, state.kl_coef, rollout.offsets, cut if bootstrapping else nothing
+            paid, token_rewards, kl, state.kl_coef, rollout.offsets, cut if bootstrapping else nothing
         )
         weights = segment_weights(
             rollout.offsets, cut if config.truncation == "drop" else nothing, config.loss_weighting
         )
+        if config.shaping.whiten:
+            rewards = whiten(rewards, (weights > 0).float(), reduce, keep_mean=True)
         scored = ScoredRollout(
             rollout=rollout, scores=scores, rewards=rewards, old_logprobs=old, ref_logprobs=ref, values=values,
             bootstrap=torch.where(cut, after, torch.zeros_like(after)) if bootstrapping else torch.zeros_like(after),

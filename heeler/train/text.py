@@ -8,7 +8,7 @@ print(run.sample("Once upon"))
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,10 +18,12 @@ import tyro
 from heeler.data.prompts import PromptSet, load_prompts
 from heeler.policies import loading
 from heeler.policies.language_model import Critic, Full, LanguageModelPolicy, LoRA, TopLayers, Trainable, ValueHead
+from heeler.policies.token_masks import AllTokens, TokenMask, token_bias
 from heeler.ppo.advantages import AdvantageConfig
 from heeler.ppo.kl import FixedKL, KLConfig, KLEstimator
+from heeler.ppo.moments import RunningMoments
 from heeler.ppo.schedules import Schedule
-from heeler.ppo.shaping import Truncation
+from heeler.ppo.shaping import ScoreShaping, Truncation
 from heeler.ppo.update import PPOConfig
 from heeler.rewards.classifier import ClassifierReward
 from heeler.rewards.functions import FunctionReward, RewardFunction
@@ -62,8 +64,11 @@ class TextConfig:
         kl: the penalty toward the reference.
         kl_estimator: of that penalty; k1 is the right one in a reward.
         truncation: what a completion cut at the length cap means.
+        shaping: scaling, clipping and whitening of the scores.
+        tokens: which tokens may be sampled.
         loss_weighting: every token counts the same, or every sequence.
         lr, critic_lr: peak learning rates of AdamW.
+        critic_warmup: updates at the beginning that train the critic only.
         lr_schedule: their course over the run.
         clip_schedule, entropy_schedule: factors on clip range and entropy coefficient over the run.
         adam_betas: of AdamW.
@@ -97,9 +102,12 @@ class TextConfig:
     kl: KLConfig = FixedKL()
     kl_estimator: KLEstimator = "k1"
     truncation: Truncation = "terminal"
+    shaping: ScoreShaping = ScoreShaping()
+    tokens: TokenMask = AllTokens()
     loss_weighting: Literal["token", "sequence"] = "token"
     lr: float = 1e-4
     critic_lr: float = 1e-3
+    critic_warmup: int = 0
     lr_schedule: Schedule = Schedule()
     clip_schedule: Schedule = Schedule()
     entropy_schedule: Schedule = Schedule()
@@ -132,6 +140,7 @@ class TextRun(Run):
     judges: Mapping[str, Reward]
     prompts: PromptSet | None
     eval_prompts: PromptSet | None
+    score_moments: RunningMoments = field(default_factory=RunningMoments)
 
     def collector(self) -> TextCollector:
         config = self.config
@@ -184,6 +193,12 @@ class TextRun(Run):
 
     def resolved(self) -> dict[str, Any]:
         return {"precision": self.policy.precision, **super().resolved()}
+
+    def save_state(self) -> dict[str, Any]:
+        return {"score_moments": vars(self.score_moments)}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self.score_moments = RunningMoments(**state["score_moments"])
 
     def publish(self) -> None:
         self.engine.begin()
@@ -282,6 +297,8 @@ def build_text_run(
     loaded_eval = load_prompts(eval_source, tokenizer, max_tokens=room) if eval_source else None
 
     eos_ids = loading.end_of_sequence_ids(model, tokenizer)
+    vocab_size = int(model.get_output_embeddings().weight.shape[0])
+    bias = token_bias(config.tokens, tokenizer, vocab_size, eos_ids)
     policy = LanguageModelPolicy(
         model,
         trainable=config.trainable,
@@ -290,17 +307,22 @@ def build_text_run(
         precision=precision,
         entropy_gradient=config.ppo.entropy_coef != 0,
         seed=config.seed,
+        token_bias=bias,
     )
     keep_states = config.reuse_trunk_states and policy.trunk is not None and config.truncation != "bootstrap"
     engine: Engine
     if config.engine == "hf":
-        engine = HFEngine(policy.engine_model, eos_ids=eos_ids, max_rows=config.engine_rows)
+        engine = HFEngine(
+            policy.engine_model, eos_ids=eos_ids, max_rows=config.engine_rows, token_bias=bias, tokenizer=tokenizer
+        )
     else:
         engine = NativeEngine(
             policy.engine_model,
             eos_ids=eos_ids,
             max_rows=config.engine_rows,
             trunk_layers=policy.num_trunk_layers if keep_states else None,
+            token_bias=bias,
+            tokenizer=tokenizer,
         )
     if precision == "bf16":
         config = replace(config, ppo=replace(config.ppo, ratio_tolerance=max(config.ppo.ratio_tolerance, 0.05)))
@@ -308,6 +330,7 @@ def build_text_run(
     rates = {"policy": config.lr, "critic": config.critic_lr}
     for group in groups:
         group["lr"] = group["base_lr"] = rates[group["name"]]
+        group["starts_at"] = config.critic_warmup if group["name"] == "policy" else 0
     optimizer = torch.optim.AdamW(groups, betas=config.adam_betas, weight_decay=config.weight_decay)
     state = TrainState(
         policy=policy,

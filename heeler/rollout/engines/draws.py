@@ -25,9 +25,11 @@ def uniforms(seeds: Sequence[int], count: int) -> Tensor:
     return torch.from_numpy(np.stack(rows)) if rows else torch.zeros(0, count)
 
 
-def sample(logits: Tensor, u: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """Tokens `[B]` drawn from softmax(logits / temperature) by `u [B]`, and their log-probabilities `[B]`."""
+def sample(logits: Tensor, u: Tensor, temperature: float, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Tokens `[B]` drawn from softmax((logits + bias) / temperature) by `u [B]`, and their log-probabilities `[B]`."""
     logits = logits.float()
+    if bias is not None:
+        logits = logits + bias
     if temperature != 1.0:
         logits = logits / temperature
     top = logits.amax(-1, keepdim=True)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from heeler.rollout.engines.draws import sample, uniforms
+from heeler.rollout.engines.stopping import StopStrings
 from heeler.rollout.engines.weights import WeightReceiver
 from heeler.types import Completion, Request, Sampling
 
@@ -20,13 +21,23 @@ class HFEngine(WeightReceiver):
     so `generate`'s own choice has nothing left to decide and both engines sample the same text.
     """
 
-    def __init__(self, model: Any, *, eos_ids: Sequence[int], max_rows: int = 128) -> None:
+    def __init__(
+        self,
+        model: Any,
+        *,
+        eos_ids: Sequence[int],
+        max_rows: int = 128,
+        token_bias: Tensor | None = None,
+        tokenizer: Any = None,
+    ) -> None:
         from transformers import GenerationConfig
 
         super().__init__(model)
         model.generation_config = GenerationConfig()  # generate would take penalties and cut-offs from the model's own
         self.eos_ids, self.max_rows = sorted(eos_ids), max_rows
         self.device = next(model.parameters()).device
+        self.token_bias = None if token_bias is None else token_bias.to(self.device)
+        self.tokenizer = tokenizer
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
@@ -50,7 +61,7 @@ class HFEngine(WeightReceiver):
         logprobs: list[Tensor] = []
 
         def draw(input_ids: Tensor, scores: Tensor) -> Tensor:
-            drawn, drawn_logprobs = sample(scores, u[:, len(tokens)], sampling.temperature)
+            drawn, drawn_logprobs = sample(scores, u[:, len(tokens)], sampling.temperature, self.token_bias)
             tokens.append(drawn.cpu())
             logprobs.append(drawn_logprobs.cpu())
             return torch.full_like(scores, -torch.inf).scatter_(1, drawn[:, None], 0.0)
@@ -69,14 +80,21 @@ class HFEngine(WeightReceiver):
         )
         all_tokens, all_logprobs = torch.stack(tokens, 1), torch.stack(logprobs, 1)
         completions: list[Completion] = []
+        stops = StopStrings(self.tokenizer, sampling.stop)
         for row in range(len(requests)):
             chosen = all_tokens[row].tolist()
-            n = next((t + 1 for t, token in enumerate(chosen) if token in self.eos_ids), len(chosen))
+            n, stop_string = len(chosen), None
+            for t, token in enumerate(chosen, start=1):
+                stop_string = None if token in self.eos_ids else stops.hit(chosen[:t])
+                if token in self.eos_ids or stop_string is not None:
+                    n = t
+                    break
             completions.append(
                 Completion(
                     tokens=chosen[:n],
                     logprobs=all_logprobs[row, :n].clone(),
-                    finish_reason="stop" if chosen[n - 1] in self.eos_ids else "length",
+                    finish_reason="stop" if chosen[n - 1] in self.eos_ids or stop_string is not None else "length",
+                    stop_string=stop_string,
                     version=self.version,
                 )
             )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from heeler.policies.splitting import layer_list
 from heeler.rollout.engines.draws import sample, uniforms
+from heeler.rollout.engines.stopping import StopStrings
 from heeler.rollout.engines.weights import WeightReceiver
 from heeler.types import Completion, HeelerError, Request, Sampling
 
@@ -63,15 +64,26 @@ class NativeEngine(WeightReceiver):
         eos_ids: tokens that end a completion.
         max_rows: rows sampled at once.
         trunk_layers: keep the hidden states after this many layers; None keeps nothing.
+        token_bias: `[V]` added to the logits (a token mask), or None.
+        tokenizer: finds stop strings; needed only where `Sampling.stop` is used.
     """
 
     def __init__(
-        self, model: Any, *, eos_ids: Sequence[int], max_rows: int = 128, trunk_layers: int | None = None
+        self,
+        model: Any,
+        *,
+        eos_ids: Sequence[int],
+        max_rows: int = 128,
+        trunk_layers: int | None = None,
+        token_bias: Tensor | None = None,
+        tokenizer: Any = None,
     ) -> None:
         super().__init__(model)
+        self.tokenizer = tokenizer
         self.max_rows = max_rows
         self.device = next(model.parameters()).device
         self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long, device=self.device)
+        self.token_bias = None if token_bias is None else token_bias.to(self.device)
         self._captured: Tensor | None = None
         self.on_progress: Callable[[int], Any] | None = None  # called with the tokens of every step
         self.keeps_states = trunk_layers is not None
@@ -106,6 +118,8 @@ class NativeEngine(WeightReceiver):
         positions = (mask[:, :width].cumsum(1) - 1).clamp(min=0)
         ids, mask, positions = ids.to(self.device), mask.to(self.device), positions.to(self.device)
         u = uniforms([r.seed for r in requests], cap)
+        stops = StopStrings(self.tokenizer, sampling.stop)
+        stop_strings: list[str | None] = [None] * count
         tokens = torch.zeros(count, cap, dtype=torch.long)
         logprobs = torch.zeros(count, cap)
         sampled = torch.full((count,), cap)
@@ -130,11 +144,16 @@ class NativeEngine(WeightReceiver):
                     states = torch.empty(count, width + cap - 1, self._captured.shape[-1], dtype=self._captured.dtype)
                 first = 0 if t == 0 else end - 1
                 states[alive, first:end] = self._captured.cpu() if self.device.type != "cpu" else self._captured
-            drawn, drawn_logprobs = sample(output.logits[:, -1], u[alive, t], sampling.temperature)
+            drawn, drawn_logprobs = sample(output.logits[:, -1], u[alive, t], sampling.temperature, self.token_bias)
             tokens[alive, t], logprobs[alive, t] = drawn.cpu(), drawn_logprobs.cpu()
             if self.on_progress is not None:
                 self.on_progress(int((~stopped[alive]).sum()))
             ended = torch.isin(drawn, self.eos_ids).cpu()
+            if stops.stop:
+                for i, row in enumerate(alive.tolist()):
+                    if not ended[i] and not stopped[row]:
+                        stop_strings[row] = stops.hit(tokens[row, : t + 1].tolist())
+                        ended[i] = stop_strings[row] is not None
             fresh = ended & ~stopped[alive]
             sampled[alive[fresh]] = t + 1
             stopped[alive[fresh]] = True
@@ -160,6 +179,7 @@ class NativeEngine(WeightReceiver):
                     logprobs=logprobs[row, :n].clone(),
                     finish_reason="stop" if bool(stopped[row]) else "length",
                     version=self.version,
+                    stop_string=stop_strings[row],
                     trunk_states=None if states is None else states[row, pad : width + n - 1].clone(),
                 )
             )
