@@ -11,9 +11,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PaddedRows:
-    """Right-padded rows and where their decisions are read.
+    """Rows of a forward pass, padded on the right, and where their decisions are read.
 
-    Right padding and causal attention need no mask: no real token can see a pad.
+    One sequence a row needs no mask: with causal attention no real token can see a pad. Where several share a row,
+    `sequence` says which tokens may see each other.
 
     Attributes:
         ids: `[B, L]` token ids, the pads are 0.
@@ -21,6 +22,9 @@ class PaddedRows:
         rows, columns: `[n]` position that predicts each decision: the one *before* the sampled token.
         tokens: `[n]` the sampled tokens.
         lengths: `[B]` real tokens in each row.
+        sequence: `[B, L]` number of the sequence that each token belongs to, -1 for pads; None where each row holds
+            one sequence.
+        positions: `[B, L]` position of each token in its sequence; None where each row holds one.
     """
 
     ids: Tensor
@@ -29,6 +33,14 @@ class PaddedRows:
     columns: Tensor
     tokens: Tensor
     lengths: Tensor
+    sequence: Tensor | None = None
+    positions: Tensor | None = None
+
+    def visible(self) -> Tensor:
+        """`[B, 1, L, L]` bool: token i (first L) may see token j of the same sequence where j <= i."""
+        assert self.sequence is not None
+        same = self.sequence[:, :, None] == self.sequence[:, None, :]
+        return same.tril()[:, None]  # a pad sees pads: a row without anything to see would be NaN
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,11 +97,32 @@ class TokenInputs:
     def padded(self, *, include_last: bool = False) -> PaddedRows:
         """The rows of a forward pass. The last token of a sequence predicts nothing that was sampled, so it is
         left out unless `include_last` (a value after the last decision needs it)."""
-        num_rows = len(self.lengths)
-        row = torch.repeat_interleave(torch.arange(num_rows, device=self.tokens.device), self.lengths)
-        column = torch.arange(len(self.tokens), device=self.tokens.device) - self.starts[row]
-        widths = self.lengths if include_last else self.lengths - 1
-        fed = column < widths[row]
+        rows = torch.arange(len(self.lengths), device=self.tokens.device)
+        return self._placed(rows, torch.zeros_like(rows), include_last)
+
+    def packed(self, row_tokens: int) -> PaddedRows:
+        """Sequences share rows of at most `row_tokens` tokens (a longer one has a row of its own), blind to each
+        other. Fewer pads than `padded`, at the price of a mask of rows x rows: for attention kernels that profit."""
+        used: list[int] = []
+        rows, columns = torch.zeros_like(self.lengths), torch.zeros_like(self.lengths)
+        for item in torch.argsort(self.lengths, descending=True, stable=True).tolist():
+            length = int(self.lengths[item]) - 1
+            row = next((r for r, taken in enumerate(used) if taken + length <= row_tokens), len(used))
+            if row == len(used):
+                used.append(0)
+            rows[item], columns[item] = row, used[row]
+            used[row] += length
+        return self._placed(rows, columns, include_last=False, packed=True)
+
+    def _placed(self, rows: Tensor, columns: Tensor, include_last: bool, packed: bool = False) -> PaddedRows:
+        """Sequence i begins at column `columns[i]` of row `rows[i]`."""
+        item = torch.repeat_interleave(torch.arange(len(self.lengths), device=self.tokens.device), self.lengths)
+        position = torch.arange(len(self.tokens), device=self.tokens.device) - self.starts[item]
+        row, column = rows[item], columns[item] + position
+        num_rows = int(rows.max()) + 1 if len(rows) else 0
+        lengths = self.lengths if include_last else self.lengths - 1
+        widths = torch.zeros(num_rows, dtype=torch.long, device=rows.device).scatter_add_(0, rows, lengths)
+        fed = position < lengths[item]
         width = max(int(widths.max()), 1)
         ids = self.tokens.new_zeros(num_rows, width)
         ids[row[fed], column[fed]] = self.tokens[fed]
@@ -98,6 +131,12 @@ class TokenInputs:
             states = self.trunk_states.new_zeros(num_rows, width, self.trunk_states.shape[1])
             states[row[fed], column[fed]] = self.trunk_states[fed]
         decided = self.is_decision
+        sequence = positions = None
+        if packed:
+            sequence = torch.full((num_rows, width), -1, device=row.device)
+            sequence[row[fed], column[fed]] = item[fed]
+            positions = torch.zeros_like(sequence)
+            positions[row[fed], column[fed]] = position[fed]
         return PaddedRows(
             ids=ids,
             states=states,
@@ -105,4 +144,6 @@ class TokenInputs:
             columns=column[decided] - 1,
             tokens=self.tokens[decided],
             lengths=widths,
+            sequence=sequence,
+            positions=positions,
         )

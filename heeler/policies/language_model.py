@@ -328,12 +328,22 @@ class LanguageModelPolicy:
         if rows.states is not None:
             return rows.states
         with torch.no_grad(), self._autocast():
-            return self.trunk(input_ids=rows.ids, use_cache=False).last_hidden_state
+            return self._hidden(self.trunk, rows, None)
 
     def _hidden(self, body: Any, rows: PaddedRows, states: Tensor | None) -> Tensor:
-        if states is None:
-            return body(input_ids=rows.ids, use_cache=False).last_hidden_state
-        return body(inputs_embeds=states, use_cache=False).last_hidden_state
+        given = {"input_ids": rows.ids} if states is None else {"inputs_embeds": states}
+        return body(**given, **self._apart(rows), use_cache=False).last_hidden_state
+
+    def _apart(self, rows: PaddedRows) -> dict[str, Tensor]:
+        """What keeps the sequences of a shared row apart: positions, and a mask in the attention's own form."""
+        if rows.sequence is None:
+            return {}
+        assert rows.positions is not None
+        mask = rows.visible()
+        if self.model.config._attn_implementation == "eager":  # adds its mask
+            lowest = torch.finfo(torch.float32).min
+            mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, lowest)
+        return {"position_ids": rows.positions, "attention_mask": mask}
 
     def _logprobs(
         self, body: Any, model: Any, rows: PaddedRows, states: Tensor | None
@@ -351,7 +361,7 @@ class LanguageModelPolicy:
                 entropy_gradient=self.entropy_gradient,
             )
             return logprobs, entropy, hidden
-        output = model(input_ids=rows.ids, use_cache=False, output_hidden_states=True)
+        output = model(input_ids=rows.ids, **self._apart(rows), use_cache=False, output_hidden_states=True)
         logits = output.logits[rows.rows, rows.columns].float()
         if self.token_bias is not None:
             logits = logits + self.token_bias
@@ -373,10 +383,13 @@ class LanguageModelPolicy:
             hidden = hidden.detach()
         return self.value_network(hidden.float())[..., 0]
 
-    def evaluate(self, inputs: Inputs) -> PolicyOutput:
-        """Log-probabilities, entropies and values of the decisions, with gradients."""
+    def evaluate(self, inputs: Inputs, pack_tokens: int | None = None) -> PolicyOutput:
+        """Log-probabilities, entropies and values of the decisions, with gradients.
+
+        With `pack_tokens` sequences share rows of that many tokens instead of being padded to the longest.
+        """
         assert isinstance(inputs, TokenInputs)
-        rows = inputs.padded()
+        rows = inputs.padded() if pack_tokens is None else inputs.packed(pack_tokens)
         states = self.trunk_states(rows)
         with self._autocast():
             logprobs, entropy, hidden = self._logprobs(self.top, self.model, rows, states)

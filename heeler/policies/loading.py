@@ -9,6 +9,17 @@ from heeler.runtime.packages import quiet_transformers, require
 from heeler.types import HeelerError
 
 
+def model_folder(path: str) -> str:
+    """`path` itself, or the model that a finished run folder holds (`policy/`, or `model/` of a reward model)."""
+    folder = Path(path)
+    if not (folder / "summary.json").is_file():
+        return path
+    for name in ("policy", "model"):
+        if (folder / name / "config.json").is_file():
+            return str(folder / name)
+    raise HeelerError(f"{path} has no model yet: it is written at the end of a run; continue with: heeler resume {path}")
+
+
 def load_tokenizer(path: str) -> Any:
     """The tokenizer of a model, with a padding token whatever the model ships.
 
@@ -19,6 +30,7 @@ def load_tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
     quiet_transformers()
+    path = model_folder(path)
     check_path("tokenizer", path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -36,6 +48,7 @@ def load_causal_lm(path: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     quiet_transformers()
+    path = model_folder(path)
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     except (OSError, ValueError) as error:

@@ -76,9 +76,7 @@ class RunFolder:
         """Append one update to metrics.jsonl (flushed), its samples, and TensorBoard."""
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({k: _finite(v) for k, v in metrics.items()}) + "\n")
-        if samples:
-            with (self.path / "samples.jsonl").open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        self.write_samples(samples)
         now = time.monotonic()
         if now - self._events_written < EVENTS_EVERY:
             return  # TensorBoard costs milliseconds an update: a run that does many a second logs some of them there
@@ -90,6 +88,12 @@ class RunFolder:
         for name, value in metrics.items():
             if name != "step" and math.isfinite(value):
                 self._events.add_scalar(name, value, int(metrics["step"]))
+
+    def write_samples(self, samples: Sequence[Mapping[str, Any]]) -> None:
+        """Append to samples.jsonl."""
+        if samples:
+            with (self.path / "samples.jsonl").open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
 
     def metrics(self) -> list[dict[str, Any]]:
         file = self.path / "metrics.jsonl"

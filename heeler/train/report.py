@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from heeler.data.prompts import load_prompts
@@ -64,17 +63,10 @@ def sample_model(path: str, command: Any) -> list[str]:
     from heeler.rollout.engines.native import NativeEngine
     from heeler.rollout.text import decode
     from heeler.runtime import machine
-    from heeler.types import HeelerError, Request
+    from heeler.types import Request
 
     machine.keep_freed_memory()
     machine.set_threads(None)
-    folder = Path(path)
-    if ((folder / "config.json").is_file() and (folder / "metrics.jsonl").exists()) or (folder / "policy").is_dir():
-        if not (folder / "policy" / "config.json").is_file():
-            raise HeelerError(
-                f"{path} has no policy yet: it is written at the end of a run; continue with: heeler resume {path}"
-            )
-        path = str(folder / "policy")
     tokenizer, model = loading.load_tokenizer(path), loading.load_causal_lm(path)
     context = loading.context_length(model)
     source = [[{"role": "user", "content": p}] if command.chat else p for p in command.prompt]

@@ -190,7 +190,7 @@ def _train_and_export(run: Run, on_update: OnUpdate | None, show: bool) -> None:
     bar = progress(config.updates, "PPO", "update", done=state.step, show=show)
     started = time.perf_counter()
     last_said = -float("inf")
-    with _interruptible() as interrupted:
+    with interruptible() as interrupted:
 
         def after_update(report: UpdateReport) -> bool:
             nonlocal last_said
@@ -256,7 +256,7 @@ def _keep_if_best(run: Run, show: bool) -> dict[str, float]:
 
 
 @contextmanager
-def _interruptible() -> Iterator[threading.Event]:
+def interruptible() -> Iterator[threading.Event]:
     """The first Ctrl-C finishes the running update and saves; the second stops at once."""
     interrupted = threading.Event()
     if threading.current_thread() is not threading.main_thread():

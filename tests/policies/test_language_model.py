@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -215,3 +216,28 @@ def test_a_critic_from_another_model(tiny_llama: str, tmp_path: Path) -> None:
     shake(policy)
     with torch.no_grad():
         assert float(policy.evaluate(sequences()).values.std()) > 0
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sequences_that_share_a_row_are_blind_to_each_other(architecture: str, attention: str, tmp_path: Path) -> None:
+    """Values and gradients equal those of padded rows, whatever the rows' size."""
+    model = load_causal_lm(save_tiny_model(tmp_path, architecture))
+    model.set_attn_implementation(attention)
+    policy = LanguageModelPolicy(model, trainable=TopLayers(layers=1), critic=ValueHead(detach=False))
+    shake(policy)
+    inputs = sequences()
+    parameters = [p for group in policy.parameter_groups() for p in group["params"]]
+
+    def look(pack_tokens: int | None) -> tuple[Any, list[torch.Tensor]]:
+        output = policy.evaluate(inputs, pack_tokens)
+        return output, list(torch.autograd.grad((output.logprobs + output.values).sum(), parameters))
+
+    padded, gradients = look(None)
+    for row_tokens in (1, 12, 64):
+        packed, packed_gradients = look(row_tokens)
+        torch.testing.assert_close(packed.logprobs, padded.logprobs, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(packed.values, padded.values, atol=1e-4, rtol=1e-4)
+        for a, b in zip(packed_gradients, gradients, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+    assert len(inputs.packed(64).lengths) == 1 and len(inputs.packed(1).lengths) == 3
