@@ -230,7 +230,7 @@ class Eval:
     """Evaluate a run's policy on held-out prompts, or in its environment.
 
     Attributes:
-        prompts: of a language model: a JSONL file; the run's own evaluation prompts where None.
+        prompts: of a language model: a file or a data set; the run's own evaluation prompts where None.
         episodes: of an environment.
         seed: of the episodes.
         sample: in an environment: draw actions instead of taking the most likely ones.
@@ -318,9 +318,9 @@ def _export(words: list[str]) -> int:
 
 
 def _rows(path: str) -> list[Any]:
-    from heeler.data.prompts import read_jsonl
+    from heeler.data.tables import read_rows
 
-    return read_jsonl(path)
+    return read_rows(path)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,13 +1,12 @@
-"""Prompt sets: JSONL files or Python lists, strings or chat messages, tokenised and checked once."""
+"""Prompt sets: files, data sets or Python lists, strings or chat messages, tokenised and checked once."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from heeler.data.tables import read_rows
 from heeler.types import HeelerError
 
 Message = Mapping[str, str]
@@ -33,41 +32,14 @@ class PromptSet:
         return len(self.prompts)
 
 
-def read_jsonl(path: str) -> list[dict[str, Any]]:
-    """The objects of a JSONL file; blank lines are skipped, a broken line is named by its number."""
-    file = Path(path)
-    if not file.is_file():
-        raise HeelerError(f"there is no file {path}: give a JSONL file with one object a line")
-    rows: list[dict[str, Any]] = []
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise HeelerError(
-            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
-        ) from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise HeelerError(f"{path}, line {number}: broken JSON ({error.msg} at column {error.colno})") from error
-        if not isinstance(row, dict):
-            raise HeelerError(
-                f'{path}, line {number}: expected an object such as {{"prompt": ...}}, got {line.strip()[:40]}'
-            )
-        rows.append(row)
-    return rows
-
-
 def load_prompts(
     source: str | Sequence[Any], tokenizer: Any, *, max_tokens: int | None, name: str | None = None
 ) -> PromptSet:
     """Read and tokenise prompts.
 
     Args:
-        source: path of a JSONL file with a `prompt` column, or a list of strings, of message lists, or of
-            objects with a `prompt` key.
+        source: what `read_rows` reads (a file, or the id of a data set) with a `prompt` column, or a list of
+            strings, of message lists, or of objects with a `prompt` key.
         tokenizer: of the policy; its chat template is applied to messages.
         max_tokens: the most tokens a prompt may have (context minus completion); None checks nothing.
         name: what to call the prompts in messages.
@@ -76,7 +48,7 @@ def load_prompts(
         HeelerError: no prompts, an empty one, one too long, a row without `prompt`, columns that differ.
     """
     if isinstance(source, str):
-        rows, name = read_jsonl(source), name or source
+        rows, name = read_rows(source), name or source
     else:
         rows = [dict(row) if isinstance(row, Mapping) else {"prompt": row} for row in source]
         name = name or "the prompts"
@@ -93,7 +65,7 @@ def load_prompts(
             raise HeelerError(
                 f"{where}: its columns ({', '.join(row)}) differ from the first prompt's ({', '.join(names)})"
             )
-        ids = _tokenize(row["prompt"], tokenizer, where)
+        ids = tokenize_prompt(row["prompt"], tokenizer, where)
         if max_tokens is not None and len(ids) > max_tokens:
             raise HeelerError(
                 f"{where}: {len(ids)} tokens, but the model's context leaves room for {max_tokens} before the"
@@ -105,21 +77,61 @@ def load_prompts(
     return PromptSet(prompts=prompts, tokens=tokens, columns=columns, name=name)
 
 
-def _tokenize(prompt: Any, tokenizer: Any, where: str) -> list[int]:
+def is_chat(value: Any) -> bool:
+    """Whether a value is a list of chat messages, at least one."""
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and len(value) > 0
+        and all(isinstance(m, Mapping) and "role" in m and "content" in m for m in value)
+    )
+
+
+def texts_of(prompts: Sequence[Any], completions: Sequence[str]) -> list[str]:
+    """What a reader sees: the prompt and its continuation (for chats, the conversation's contents)."""
+    texts: list[str] = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        if isinstance(prompt, str):
+            texts.append(prompt + completion)
+        else:
+            texts.append("\n".join([*(message["content"] for message in prompt), completion]))
+    return texts
+
+
+def tokenize_prompt(prompt: Any, tokenizer: Any, where: str) -> list[int]:
+    """The ids that a model reads before it completes a prompt.
+
+    A string gets the tokenizer's special tokens; messages get the chat template, up to where the answer begins.
+
+    Raises:
+        HeelerError: an empty prompt, messages without a chat template or that it refuses, anything else.
+    """
     if isinstance(prompt, str):
         ids: list[int] = list(tokenizer(prompt)["input_ids"])
         if not prompt.strip() or not ids:
             raise HeelerError(f"{where}: the prompt is empty")
         return ids
-    if isinstance(prompt, Sequence) and prompt and all(isinstance(m, Mapping) and "content" in m for m in prompt):
-        if tokenizer.chat_template is None:
-            raise HeelerError(
-                f"{where}: it is a list of messages, but the tokenizer has no chat template: use a string"
-            )
-        encoded = tokenizer.apply_chat_template(
-            list(prompt), add_generation_prompt=True, tokenize=True, return_dict=True
-        )
+    if is_chat(prompt):
+        encoded = apply_template(prompt, tokenizer, where, tokenize=True, return_dict=True)
         return list(encoded["input_ids"])
     raise HeelerError(
-        f'{where}: a prompt is a string or a list of messages with "role" and "content", not {json.dumps(prompt)[:60]}'
+        f'{where}: a prompt is a string or a list of messages with "role" and "content", not {repr(prompt)[:60]}'
     )
+
+
+def apply_template(
+    messages: Sequence[Message], tokenizer: Any, where: str, *, add_generation_prompt: bool = True, **options: Any
+) -> Any:
+    """What the tokenizer's chat template makes of messages; `options` as for `apply_chat_template`."""
+    if tokenizer.chat_template is None:
+        raise HeelerError(f"{where}: it is a list of messages, but the tokenizer has no chat template: use a string")
+    try:
+        return tokenizer.apply_chat_template(
+            [dict(message) for message in messages], add_generation_prompt=add_generation_prompt, **options
+        )
+    except Exception as error:  # templates raise what they like, for instance where roles do not alternate
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise HeelerError(
+            f"{where}: the tokenizer's chat template refuses the messages ({reason.rstrip('.')}): change them to what"
+            " it expects"
+        ) from error

@@ -17,7 +17,9 @@ def model_folder(path: str) -> str:
     for name in ("policy", "model"):
         if (folder / name / "config.json").is_file():
             return str(folder / name)
-    raise HeelerError(f"{path} has no model yet: it is written at the end of a run; continue with: heeler resume {path}")
+    raise HeelerError(
+        f"{path} has no model yet: it is written at the end of a run; continue with: heeler resume {path}"
+    )
 
 
 def load_tokenizer(path: str) -> Any:

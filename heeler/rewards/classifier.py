@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from heeler.data.prompts import texts_of
 from heeler.policies import loading
 from heeler.types import HeelerError, RewardOutput, Samples
-
-
-def texts_of(prompts: Sequence[Any], completions: Sequence[str]) -> list[str]:
-    """What a reader sees: the prompt and its continuation (for chats, the conversation's contents)."""
-    texts: list[str] = []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        if isinstance(prompt, str):
-            texts.append(prompt + completion)
-        else:
-            texts.append("\n".join([*(message["content"] for message in prompt), completion]))
-    return texts
 
 
 class ClassifierReward:

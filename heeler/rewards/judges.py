@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-from heeler.rewards.classifier import texts_of
+from heeler.data.prompts import texts_of
 from heeler.runtime.packages import require
 
 

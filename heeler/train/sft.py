@@ -209,9 +209,7 @@ def build_sft_run(
     )  # fmt: skip
 
 
-def sft_gradients(
-    policy: LanguageModelPolicy, inputs: TokenInputs, token_budget: int, pack: bool
-) -> tuple[float, int]:
+def sft_gradients(policy: LanguageModelPolicy, inputs: TokenInputs, token_budget: int, pack: bool) -> tuple[float, int]:
     """Add the gradient of the mean negative log-likelihood (nats a target token); returns it and the target count.
 
     The denominator belongs to the whole batch, so micro-batching does not change the gradient.

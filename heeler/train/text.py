@@ -49,9 +49,10 @@ class TextConfig:
 
     Attributes:
         model: folder or hub id of any causal LM that transformers loads.
-        prompts: JSONL file with a "prompt" column (a string or chat messages); other columns reach the reward.
+        prompts: file (JSONL, JSON, CSV, Parquet) or data set (OWNER/NAME:SPLIT) with a "prompt" column (a string or
+            chat messages); other columns reach the reward.
         reward: "module:function", or the folder of a sequence classifier.
-        eval_prompts: JSONL file of held-out prompts for the figures before and after.
+        eval_prompts: the same, held out, for the figures before and after.
         judges: "name=module:function" scorers that are only reported, never trained on.
         out: the run folder; runs/NAME where None.
         seed: of every draw.
@@ -208,7 +209,7 @@ class TextRun(Run):
     def evaluate(self, show: bool = False) -> Evaluation:
         """Figures on the evaluation prompts with the policy as it is now; `show` draws a progress bar."""
         if self.eval_prompts is None:
-            raise HeelerError("the run has no evaluation prompts: give a JSONL file of prompts")
+            raise HeelerError("the run has no evaluation prompts: give a file of prompts")
         self.publish()
         total = len(self.eval_prompts) * self.config.sampling.max_new_tokens
         bar = progress(total, "evaluating", "token", show=show)
