@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from heeler.ppo.schedules import Schedule
     from heeler.ppo.update import PPOConfig
     from heeler.train.control import GymConfig, load_gym_run, load_policy, resume_gym, train_gym
+    from heeler.train.sft import SFTConfig, resume_sft, train_sft
     from heeler.train.text import TextConfig, load_text_run, resume_text, train_text
     from heeler.types import CheckFailed, HeelerError, Sampling
 
@@ -28,6 +29,7 @@ _HOMES = {
     "HeelerError": "heeler.types",
     "LoRA": "heeler.policies.language_model",
     "PPOConfig": "heeler.ppo.update",
+    "SFTConfig": "heeler.train.sft",
     "Sampling": "heeler.types",
     "Schedule": "heeler.ppo.schedules",
     "SeparateCritic": "heeler.policies.language_model",
@@ -38,8 +40,10 @@ _HOMES = {
     "load_policy": "heeler.train.control",
     "load_text_run": "heeler.train.text",
     "resume_gym": "heeler.train.control",
+    "resume_sft": "heeler.train.sft",
     "resume_text": "heeler.train.text",
     "train_gym": "heeler.train.control",
+    "train_sft": "heeler.train.sft",
     "train_text": "heeler.train.text",
 }
 __all__ = [*_HOMES]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -19,6 +19,7 @@ HELP = """heeler: PPO for language models, control and games
   heeler ppo cartpole                   tuned recipes: acrobot, mountaincar, pendulum, lunarlander,
                                         lunarlander-continuous, bipedalwalker, halfcheetah, hopper, walker2d, ant,
                                         swimmer, pong, breakout
+  heeler sft --model M --data F         supervised fine-tuning on prompts and completions, chats or texts
   heeler reward imdb [--full]           the reward model of the recipe
   heeler eval RUN                       held-out figures of a run's policy; --episodes N --video F for environments
   heeler sample RUN_OR_MODEL --prompt P [--prompt P ...]
@@ -59,7 +60,7 @@ def _dispatch(words: list[str]) -> int:
         print(f"heeler {__version__}")
         return 0
     verbs: dict[str, Callable[[list[str]], int]] = {
-        "ppo": _ppo, "reward": _reward, "eval": _eval, "sample": _sample, "resume": _resume,
+        "ppo": _ppo, "sft": _sft, "reward": _reward, "eval": _eval, "sample": _sample, "resume": _resume,
         "export": _export,
     }  # fmt: skip
     if words[0] not in verbs:
@@ -158,6 +159,13 @@ def _json_object(text: str, flag: str) -> dict[str, Any]:
     return value
 
 
+def _sft(words: list[str]) -> int:
+    from heeler.train.sft import SFTConfig, print_sft_report, train_sft
+
+    print_sft_report(train_sft(_parse(SFTConfig, words, "heeler sft")))
+    return 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class RewardIMDB:
     """Train the reward model for movie reviews and keep it in the cache.
@@ -204,7 +212,13 @@ def _positional(words: list[str], verb: str, what: str) -> tuple[str, list[str]]
 def _resume(words: list[str]) -> int:
     path, rest = _positional(words, "resume", "a run folder")
     chosen = _parse(Resume, rest, "heeler resume RUN")
-    if _is_gym(path):
+    verb = _verb(path)
+    if verb == "sft":
+        from heeler.train.sft import print_sft_report, resume_sft
+
+        print_sft_report(resume_sft(path, updates=chosen.updates))
+        return 0
+    if verb == "ppo gym":
         from heeler.train.control import resume_gym
         from heeler.train.evaluate_control import print_gym_report
 
@@ -216,13 +230,11 @@ def _resume(words: list[str]) -> int:
     return 0
 
 
-def _is_gym(path: str) -> bool:
-    """Whether a run folder holds a run in an environment."""
-    if not path:
-        return False
+def _verb(path: str) -> str:
+    """The verb that made a run folder, for instance "ppo gym"."""
     from heeler.runtime.runs import RunFolder
 
-    return RunFolder.open(path).read_config().get("verb") == "ppo gym"
+    return str(RunFolder.open(path).read_config().get("verb")) if path else ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,7 +259,7 @@ class Eval:
 def _eval(words: list[str]) -> int:
     path, rest = _positional(words, "eval", "a run folder")
     chosen = _parse(Eval, rest, "heeler eval RUN")
-    if _is_gym(path):
+    if _verb(path) == "ppo gym":
         return _eval_gym(path, chosen)
     from heeler.runtime.runs import write_json
     from heeler.train.report import figures_table
@@ -303,7 +315,7 @@ class Export:
 def _export(words: list[str]) -> int:
     path, rest = _positional(words, "export", "a run folder")
     chosen = _parse(Export, rest, "heeler export RUN")
-    if not _is_gym(path):
+    if _verb(path) != "ppo gym":
         raise HeelerError(f"{path} is a language model: its folder policy/ is the export; optimum makes ONNX of it")
     from heeler.train.control import load_actor_critic
     from heeler.train.onnx import export_onnx

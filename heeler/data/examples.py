@@ -16,7 +16,6 @@ from what stands before it, as it is sampled apart from it, so no token straddle
 from __future__ import annotations
 
 import logging
-from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -92,39 +91,6 @@ def load_examples(
     if dropped:
         logger.warning("%s: dropped %d of %d rows longer than %d tokens", name, dropped, len(rows), max_tokens)
     return examples
-
-
-def pack_examples(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Which examples share a row of at most `max_tokens` tokens: best fit, longest first.
-
-    Each example goes into the row that it fills best, or opens a new one. Rows are at most 11/9 of the fewest
-    possible, plus 1 (Johnson 1973, "Near-optimal bin packing algorithms").
-
-    Args:
-        lengths: tokens of each example, 1 or more.
-        max_tokens: room of a row, in tokens.
-
-    Returns:
-        the examples' places in `lengths`, row by row.
-
-    Raises:
-        HeelerError: an example without tokens, or longer than a row.
-    """
-    rows: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, row), sorted
-    for example in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        length = lengths[example]
-        if not 1 <= length <= max_tokens:
-            raise HeelerError(f"example {example + 1} has {length} tokens: a row takes 1 to {max_tokens}")
-        place = bisect_left(room, (length, 0))
-        if place < len(room):
-            left, row = room.pop(place)
-            rows[row].append(example)
-        else:
-            left, row = max_tokens, len(rows)
-            rows.append([example])
-        insort(room, (left - length, row))
-    return rows
 
 
 def _kind(row: Mapping[str, Any], where: str) -> str:

@@ -6,10 +6,8 @@ import logging
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from heeler.data.examples import Example, load_examples, pack_examples
+from heeler.data.examples import Example, load_examples
 from heeler.data.prompts import load_prompts
 from heeler.policies.loading import load_tokenizer
 from heeler.types import HeelerError
@@ -165,20 +163,3 @@ def plain_best_fit(lengths: list[int], max_tokens: int) -> list[list[int]]:
         else:
             rows.append([i])
     return rows
-
-
-@given(st.lists(st.integers(1, 50), max_size=60), st.integers(50, 80))
-def test_packing(lengths: list[int], max_tokens: int) -> None:
-    rows = pack_examples(lengths, max_tokens)
-    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
-    filled = [sum(lengths[i] for i in row) for row in rows]
-    assert all(0 < tokens <= max_tokens for tokens in filled) and len(rows) <= len(lengths)
-    assert all(a + b > max_tokens for k, a in enumerate(filled) for b in filled[:k])  # no two rows could be one
-    assert rows == plain_best_fit(lengths, max_tokens)
-
-
-def test_packing_takes_the_best_fit() -> None:
-    assert pack_examples([6, 5, 4, 5, 3, 7], 10) == [[5, 4], [0, 2], [1, 3]]
-    for lengths in ([3, 11], [0]):
-        with pytest.raises(HeelerError, match="a row takes 1 to 10"):
-            pack_examples(lengths, 10)

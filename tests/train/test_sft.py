@@ -1,0 +1,152 @@
+"""Supervised fine-tuning: it learns, equals plain cross-entropy, resumes, and PPO starts from its folder."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from heeler import Full, HeelerError, LoRA, SFTConfig, TopLayers, resume_sft, train_sft, train_text
+from heeler.data.examples import load_examples
+from heeler.policies.language_model import LanguageModelPolicy, ValueHead
+from heeler.policies.loading import load_causal_lm, load_tokenizer
+from heeler.ppo.schedules import Schedule
+from heeler.train.sft import as_inputs, held_out_figures, sft_gradients
+from tests.train.test_text import small, vowels
+
+ROWS = [{"prompt": f"{a}{b}=", "completion": f"{b}{a}."} for a in "abcd" for b in "efgh"]
+
+
+def config_of(model: str, out: Path, **changes: Any) -> SFTConfig:
+    base = SFTConfig(
+        model=model, out=str(out), updates=12, examples_per_update=4, eval_share=0.25, lr=3e-3, threads=1,
+        precision="fp32", checkpoint_every=5, eval_every=4, sample_tokens=6, lr_schedule=Schedule(),
+    )  # fmt: skip
+    return replace(base, **changes)
+
+
+def numbers(folder: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
+
+
+def plain_loss(model: Any, tokenizer: Any) -> torch.Tensor:
+    """Cross-entropy of transformers on the completions, one example at a time; nats a target token."""
+    total, count = torch.zeros(()), 0
+    for row in ROWS:
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        ids = [*prompt, *tokenizer(row["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        labels = torch.tensor([[-100] * len(prompt) + ids[len(prompt) :]])
+        targets = len(ids) - len(prompt)
+        total = total + model(input_ids=torch.tensor([ids]), labels=labels).loss * targets
+        count += targets
+    return total / count
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@pytest.mark.parametrize("token_budget", [12, 4096])
+def test_the_gradient_is_that_of_cross_entropy_on_completions(tiny_llama: str, pack: bool, token_budget: int) -> None:
+    tokenizer, model = load_tokenizer(tiny_llama), load_causal_lm(tiny_llama)
+    policy = LanguageModelPolicy(model, trainable=TopLayers(layers=2), critic=ValueHead())
+    inputs = as_inputs(load_examples(ROWS, tokenizer, max_tokens=64), policy.device)
+    loss, targets = sft_gradients(policy, inputs, token_budget, pack)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    mine = [p.grad.clone() for p in parameters if p.grad is not None]
+    plain = plain_loss(model, tokenizer)
+    assert targets == 4 * len(ROWS) and loss == pytest.approx(plain.item(), rel=1e-5)
+    for a, b in zip(mine, torch.autograd.grad(plain, parameters), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("way", [Full(), LoRA(rank=8), TopLayers(layers=2)], ids=lambda w: type(w).__name__)
+def test_it_learns_its_examples_by_heart(tiny_llama: str, tmp_path: Path, way: Any) -> None:
+    config = config_of(tiny_llama, tmp_path / "run", trainable=way, updates=60, eval_share=0.0, examples_per_update=16)
+    run = train_sft(replace(config, lr=3e-3 if way == Full() else 1e-2), data=ROWS, show=False)
+    assert numbers(tmp_path / "run")[-1]["loss"] < 0.1 < numbers(tmp_path / "run")[0]["loss"]
+    example = run.summary["examples"][0]
+    assert example["completion"] == example["expected"]
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "policy")
+    assert plain_loss(plain, load_tokenizer(str(tmp_path / "run"))).item() < 0.1
+
+
+def test_the_folder_and_ppo_from_it(tiny_llama: str, tmp_path: Path) -> None:
+    train_sft(config_of(tiny_llama, tmp_path / "sft"), data=ROWS, show=False, extra={"stage": 1})
+    summary = json.loads((tmp_path / "sft" / "summary.json").read_text())
+    assert summary["eval/after"]["loss"] < summary["eval/before"]["loss"] and summary["stage"] == 1
+    assert json.loads((tmp_path / "sft" / "config.json").read_text())["verb"] == "sft"
+    assert "eval/loss" in numbers(tmp_path / "sft")[3] and "eval/loss" not in numbers(tmp_path / "sft")[4]
+    run = train_text(
+        small(str(tmp_path / "sft"), tmp_path / "ppo", updates=1), prompts=["ab"], reward=vowels, show=False
+    )
+    mine = AutoModelForCausalLM.from_pretrained(tmp_path / "sft" / "policy").state_dict()
+    trunk = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(run.policy.model.state_dict()[trunk], mine[trunk])
+    with pytest.raises(HeelerError, match="has no model yet"):
+        (tmp_path / "half").mkdir()
+        (tmp_path / "half" / "summary.json").write_text("{}")
+        load_causal_lm(str(tmp_path / "half"))
+
+
+def test_the_best_weights_are_exported(tiny_llama: str, tmp_path: Path) -> None:
+    """Held-out examples that contradict the others: learning helps at first (where to stop), then it hurts."""
+    config = config_of(tiny_llama, tmp_path / "run", updates=30, eval_every=1, examples_per_update=16)
+    held_out = [{**row, "completion": f"{row['completion'][1]}{row['completion'][0]}."} for row in ROWS]
+    run = train_sft(config, data=ROWS, eval_data=held_out, show=False)
+    losses = [row["eval/loss"] for row in numbers(tmp_path / "run")]
+    assert run.best is not None and run.best["step"] == 1 + losses.index(min(losses)) < 30
+    fresh = LanguageModelPolicy(load_causal_lm(str(tmp_path / "run")), trainable=Full(), critic=ValueHead())
+    exported = held_out_figures(fresh, run.held_out, 4096)["loss"]
+    assert exported == pytest.approx(min(losses), rel=1e-4) == pytest.approx(run.summary["eval/after"]["loss"])
+
+
+@pytest.mark.parametrize("way", [Full(), LoRA(rank=2)], ids=lambda w: type(w).__name__)
+def test_resume_equals_uninterrupted(tiny_llama: str, tmp_path: Path, way: Any) -> None:
+    whole = train_sft(config_of(tiny_llama, tmp_path / "whole", trainable=way), data=ROWS, show=False)
+
+    def stop(metrics: dict[str, float]) -> None:
+        if metrics["step"] == 7:  # after the checkpoint of update 5
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_sft(config_of(tiny_llama, tmp_path / "parts", trainable=way), data=ROWS, on_update=stop, show=False)
+    resumed = resume_sft(tmp_path / "parts", data=ROWS, show=False)
+    assert numbers(tmp_path / "parts") == numbers(tmp_path / "whole")
+    for name, tensor in whole.weights().items():
+        assert torch.equal(tensor, resumed.weights()[name]), name
+    assert resumed.summary["eval/after"] == whole.summary["eval/after"]
+    with pytest.raises(HeelerError, match="is complete"):
+        resume_sft(tmp_path / "parts", data=ROWS, show=False)
+
+
+def test_the_command_line(tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    from heeler.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    flags = ["--updates", "2", "--threads", "1", "--examples-per-update", "4"]
+    assert main(["sft", "--model", tiny_llama, "--data", "data.jsonl", "--out", "run", *flags]) == 0
+    told = capsys.readouterr().out
+    assert "wrote:" in told and "heeler ppo lm --model run" in told
+    assert main(["resume", "run", "--updates", "3"]) == 0 and len(numbers(Path("run"))) == 3
+    assert main(["sample", "run", "--prompt", "ae=", "--max-new-tokens", "4"]) == 0
+    for words, says in [
+        ([], "no examples were given"),
+        (["--data", "data.jsonl", "--eval-share", "1.0"], "--eval-share is 1.0"),
+        (["--data", "data.jsonl", "--eval-share", "0.99"], "16 examples are too few to hold out 99%"),
+        (["--data", "data.jsonl", "--max-tokens", "3"], "data.jsonl, row 1: 7 tokens"),
+        (["--data", "gone.jsonl"], "there is no file gone.jsonl"),
+    ]:
+        assert main(["sft", "--model", tiny_llama, "--out", "bad", *words]) == 2
+        assert says in capsys.readouterr().err and not Path("bad").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tiny_llama: str, tmp_path: Path) -> None:
+    config = config_of(tiny_llama, tmp_path / "run", lr=float("inf"))
+    with pytest.raises(HeelerError, match=r"the loss became (nan|inf) at update 2"):
+        train_sft(config, data=ROWS, show=False)
+    assert (tmp_path / "run" / "checkpoints" / "step-000000").is_dir()
