@@ -21,6 +21,7 @@ HELP = """heeler: PPO for language models, control and games
                                         swimmer, pong, breakout
   heeler sft --model M --data F         supervised fine-tuning on prompts and completions, chats or texts
   heeler reward imdb [--full]           the reward model of the recipe
+  heeler serve-reward SPEC [--port N]   a reward behind HTTP: module:function, or the folder of a classifier
   heeler eval RUN                       held-out figures of a run's policy; --episodes N --video F for environments
   heeler sample RUN_OR_MODEL --prompt P [--prompt P ...]
                                         what a policy writes
@@ -60,8 +61,8 @@ def _dispatch(words: list[str]) -> int:
         print(f"heeler {__version__}")
         return 0
     verbs: dict[str, Callable[[list[str]], int]] = {
-        "ppo": _ppo, "sft": _sft, "reward": _reward, "eval": _eval, "sample": _sample, "resume": _resume,
-        "export": _export,
+        "ppo": _ppo, "sft": _sft, "reward": _reward, "serve-reward": _serve_reward, "eval": _eval, "sample": _sample,
+        "resume": _resume, "export": _export,
     }  # fmt: skip
     if words[0] not in verbs:
         raise HeelerError(f"there is no verb {words[0]!r}{did_you_mean(words[0], verbs)}; heeler --help lists them")
@@ -187,6 +188,38 @@ def _reward(words: list[str]) -> int:
     from heeler.recipes.imdb import imdb_reward_model
 
     imdb_reward_model(full=chosen.full, seed=chosen.seed, retrain=chosen.retrain)
+    return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeReward:
+    """Answer for a reward over HTTP, until Ctrl-C. There is no authentication.
+
+    Attributes:
+        host: address to listen on; 0.0.0.0 lets other machines ask.
+        port: to listen on; 0 takes a free one.
+        device: of a classifier; "auto" takes a GPU where there is one.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    device: str = "auto"
+
+
+def _serve_reward(words: list[str]) -> int:
+    spec, rest = _positional(words, "serve-reward", "module:function or the folder of a classifier")
+    chosen = _parse(ServeReward, rest, "heeler serve-reward SPEC")
+    from heeler.rewards.serve import make_server
+    from heeler.runtime.machine import choose_device
+    from heeler.train.text import load_reward
+
+    try:
+        reward = load_reward(spec, choose_device(chosen.device))
+        with make_server(reward, chosen.host, chosen.port, spec) as server:
+            print(f"{spec} answers at {server.url} (Ctrl-C stops): heeler ppo lm ... --reward {server.url}", flush=True)
+            server.serve_forever()
+    except KeyboardInterrupt:
+        print(f"\n{spec} no longer answers")
     return 0
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import math
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from heeler.runtime.packages import where_raised
 from heeler.types import HeelerError, RewardOutput, Samples
 
 RewardFunction = Callable[..., Sequence[Any]]
+LARGEST = torch.finfo(torch.float32).max
 
 
 class FunctionReward:
@@ -47,7 +47,7 @@ class FunctionReward:
             raise
         except Exception as error:
             raise HeelerError(f"the reward function {self.name} raised {where_raised(error)}") from error
-        return check_values(values, len(samples), self.name)
+        return check_values(values, len(samples), f"the reward function {self.name}")
 
 
 async def _result(awaitable: Awaitable[Any]) -> Any:
@@ -62,17 +62,21 @@ def _takes(function: Any, argument: str) -> bool:
     return argument in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 
 
-def check_values(values: Any, count: int, name: str) -> RewardOutput:
-    """Turn what a reward function returned into a `RewardOutput`, or say what is wrong with it."""
+def check_values(values: Any, count: int, source: str) -> RewardOutput:
+    """Turn what a reward function or a server returned into a `RewardOutput`, or say what is wrong with it.
+
+    Args:
+        values: one number a sample, or one list of numbers a sample.
+        count: samples that were asked for.
+        source: who returned them, as the sentence begins: "the reward function NAME".
+    """
     if isinstance(values, torch.Tensor):
         values = values.tolist()
     if isinstance(values, (str, bytes)) or not hasattr(values, "__len__"):
-        raise HeelerError(
-            f"the reward function {name} returned {type(values).__name__}: it must return a list of floats"
-        )
+        raise HeelerError(f"{source} returned {type(values).__name__}: it must return a list of floats")
     values = list(values)
     if len(values) != count:
-        raise HeelerError(f"the reward function {name} returned {len(values)} values for {count} completions")
+        raise HeelerError(f"{source} returned {len(values)} values for {count} completions")
     per_token = bool(values) and all(isinstance(v, Sequence) and not isinstance(v, str) for v in values)
     scores: list[float] = []
     for index, value in enumerate(values):
@@ -80,11 +84,11 @@ def check_values(values: Any, count: int, name: str) -> RewardOutput:
         for part in parts:
             try:
                 number = float(part) if not isinstance(part, (str, bytes)) else None
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 number = None
-            if number is None or not math.isfinite(number):
+            if number is None or not abs(number) <= LARGEST:
                 raise HeelerError(
-                    f"the reward function {name} returned {part!r} for completion {index + 1} of {count}: every"
+                    f"{source} returned {part!r} for completion {index + 1} of {count}: every"
                     " reward must be a finite number"
                 )
         scores.append(float(sum(float(p) for p in parts)))

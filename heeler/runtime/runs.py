@@ -99,15 +99,20 @@ class RunFolder:
         file = self.path / "metrics.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines() if line.strip()] if file.exists() else []
 
+    def amend(self, metrics: Mapping[str, float]) -> None:
+        """Add metrics to the last update of metrics.jsonl."""
+        file = self.path / "metrics.jsonl"
+        lines = file.read_text().splitlines()
+        lines[-1] = json.dumps(json.loads(lines[-1]) | {k: _finite(v) for k, v in metrics.items()})
+        _replace_lines(file, lines)
+
     def forget_after(self, step: int) -> None:
         """Drop logged updates after `step`: a resumed run does them again."""
         for name in ("metrics.jsonl", "samples.jsonl"):
             file = self.path / name
             if file.exists():
                 kept = [line for line in file.read_text().splitlines() if line.strip() and _step_of(line) <= step]
-                aside = file.with_name(file.name + ".partial")
-                aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-                os.replace(aside, file)
+                _replace_lines(file, kept)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         write_json(self.path / "summary.json", summary)
@@ -167,6 +172,12 @@ class RunFolder:
                 f"the checkpoint {file} has format {state.get('format')}, this version reads {CHECKPOINT_FORMAT}"
             )
         return state
+
+
+def _replace_lines(file: Path, lines: Sequence[str]) -> None:
+    aside = file.with_name(file.name + ".partial")
+    aside.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    os.replace(aside, file)
 
 
 def _step_of(line: str) -> int:

@@ -19,7 +19,7 @@ from heeler.runtime.progress import progress, say
 from heeler.runtime.reduce import LocalReduce
 from heeler.runtime.runs import RunFolder, read_json
 from heeler.train.ppo import LoopConfig, Score, TrainState, UpdateReport, train_loop
-from heeler.types import Collector, HeelerError
+from heeler.types import Collector, HeelerError, Unavailable
 
 COUNTERS = ("step", "kl_coef", "decisions", "episodes", "seconds")
 OnUpdate = Callable[[UpdateReport], None]
@@ -48,6 +48,7 @@ class Run:
 
     verb = ""
     best_figure = "reward"  # of an evaluation: the policy with the highest is kept
+    rollouts_are_pure = False  # collecting changes nothing that a checkpoint holds
 
     config: Any
     state: TrainState
@@ -139,7 +140,8 @@ def resume(run: Run, on_update: OnUpdate | None, show: bool) -> None:
     """Continue a restored run to its number of updates."""
     folder = run.folder
     assert folder is not None
-    if run.state.step >= run.config.updates:
+    evaluated = not run.can_evaluate() or "eval/after" in run.summary
+    if run.state.step >= run.config.updates and evaluated:
         raise HeelerError(
             f"{folder.path} is complete: it has done {run.state.step} updates; give a larger --updates N to go on"
         )
@@ -175,6 +177,11 @@ def advance(run: Run, on_update: OnUpdate | None, show: bool) -> None:
         if interrupt.args:
             raise
         raise KeyboardInterrupt(f"interrupted; continue with: heeler resume {run.folder.path}") from None
+    except HeelerError as error:
+        raise type(error)(
+            f"{error} [after update {run.state.step}; {run.folder.path} holds update {run.folder.last_checkpoint()},"
+            f" continue it with: heeler resume {run.folder.path}]"
+        ) from error
 
 
 def _train_and_export(run: Run, on_update: OnUpdate | None, show: bool) -> None:
@@ -187,16 +194,26 @@ def _train_and_export(run: Run, on_update: OnUpdate | None, show: bool) -> None:
         say("evaluating before training", show)
         run.summary["eval/before"] = run.figures(show, "before")
         folder.write_summary(run.summary)
+    if state.step < config.updates:
+        run.summary.pop("eval/after", None)  # of an earlier end, before the run was given more updates
+    logged = (folder.metrics() or [{}])[-1]
+    if _evaluation_is_due(run) and logged.get("step") == state.step and not any(n.startswith("eval/") for n in logged):
+        folder.amend(_keep_if_best(run, show))  # the reward was not available when the update was logged
     bar = progress(config.updates, "PPO", "update", done=state.step, show=show)
     started = time.perf_counter()
     last_said = -float("inf")
+    random = machine.random_states()
     with interruptible() as interrupted:
 
         def after_update(report: UpdateReport) -> bool:
-            nonlocal last_said
-            evaluated = run.can_evaluate() and config.eval_every and state.step % config.eval_every == 0
-            if evaluated:
-                report = replace(report, metrics=report.metrics | _keep_if_best(run, show))
+            nonlocal last_said, random
+            random = machine.random_states()
+            unavailable = None
+            if _evaluation_is_due(run):
+                try:
+                    report = replace(report, metrics=report.metrics | _keep_if_best(run, show))
+                except Unavailable as error:
+                    unavailable = error  # the update itself is done: it is logged before the run gives up
             folder.log(report.metrics, run.samples(report))
             bar.update(1)
             now = time.perf_counter()
@@ -205,6 +222,9 @@ def _train_and_export(run: Run, on_update: OnUpdate | None, show: bool) -> None:
                 last_said = now
             if on_update is not None:
                 on_update(report)
+            if unavailable is not None:
+                raise unavailable
+            random = machine.random_states()
             best = run.summary.get("best", {}).get("step")
             if state.step % config.checkpoint_every == 0 or interrupted.is_set() or state.step == config.updates:
                 save(run, keep_best=best)
@@ -212,12 +232,11 @@ def _train_and_export(run: Run, on_update: OnUpdate | None, show: bool) -> None:
 
         try:
             train_loop(state, collector, run.score(), config, LocalReduce(), after_update)
-        except HeelerError as error:
-            at = folder.last_checkpoint()
-            raise type(error)(
-                f"{error} [update {state.step + 1}; {folder.path} holds update {at}, continue it with:"
-                f" heeler resume {folder.path}]"
-            ) from error
+        except Unavailable:
+            if run.rollouts_are_pure and folder.last_checkpoint() != state.step:
+                machine.restore_random_states(random)  # the reward that failed may have drawn some
+                save(run, keep_best=run.summary.get("best", {}).get("step"))
+            raise
         finally:
             bar.close()
             folder.close()
@@ -239,6 +258,12 @@ def _train_and_export(run: Run, on_update: OnUpdate | None, show: bool) -> None:
             run.export(folder.path / "best")
     run.summary["peak_memory_gib"] = round(machine.peak_memory_gib(), 2)
     folder.write_summary(run.summary)
+
+
+def _evaluation_is_due(run: Run) -> bool:
+    """Whether the update that was done last is one of those that `eval_every` evaluates."""
+    every = run.config.eval_every
+    return run.state.step > 0 and run.can_evaluate() and every > 0 and run.state.step % every == 0
 
 
 def _keep_if_best(run: Run, show: bool) -> dict[str, float]:

@@ -27,6 +27,7 @@ from heeler.ppo.shaping import ScoreShaping, Truncation
 from heeler.ppo.update import PPOConfig
 from heeler.rewards.classifier import ClassifierReward
 from heeler.rewards.functions import FunctionReward, RewardFunction
+from heeler.rewards.http import HTTPReward
 from heeler.rollout.engines.hf import HFEngine
 from heeler.rollout.engines.native import NativeEngine
 from heeler.rollout.text import TextCollector
@@ -51,7 +52,7 @@ class TextConfig:
         model: folder or hub id of any causal LM that transformers loads.
         prompts: file (JSONL, JSON, CSV, Parquet) or data set (OWNER/NAME:SPLIT) with a "prompt" column (a string or
             chat messages); other columns reach the reward.
-        reward: "module:function", or the folder of a sequence classifier.
+        reward: "module:function", the folder of a sequence classifier, or the address of a reward server.
         eval_prompts: the same, held out, for the figures before and after.
         judges: "name=module:function" scorers that are only reported, never trained on.
         out: the run folder; runs/NAME where None.
@@ -132,6 +133,7 @@ class TextRun(Run):
     """A run on a language model: everything that training, evaluation and sampling share."""
 
     verb = "ppo lm"
+    rollouts_are_pure = True  # prompts and draws are functions of the seed and the update
 
     config: TextConfig
     tokenizer: Any
@@ -242,9 +244,15 @@ class TextRun(Run):
 
 
 def load_reward(spec: str, device: str = "cpu") -> Reward:
-    """The reward that `spec` names: the folder of a classifier, or module:function."""
+    """The reward that `spec` names: module:function, the folder of a classifier, or a server that must answer now."""
     if not spec:
-        raise HeelerError("no reward was given: --reward module:function, or the folder of a sequence classifier")
+        raise HeelerError(
+            "no reward was given: --reward module:function, the folder of a sequence classifier, or http://HOST:PORT"
+        )
+    if spec.startswith(("http://", "https://")):
+        server = HTTPReward(spec)
+        server.check()
+        return server
     if (Path(spec) / "config.json").is_file():
         return ClassifierReward(spec, device=device)
     return FunctionReward(load_function(spec), spec)
@@ -285,6 +293,8 @@ def build_text_run(
         scorer = FunctionReward(reward, getattr(reward, "__name__", "reward"))  # pyright: ignore
     else:
         scorer = reward  # pyright: ignore
+        if isinstance(scorer, HTTPReward):
+            scorer.check()
     judges = load_judges(config.judges)
     tokenizer = loading.load_tokenizer(config.model)
 
