@@ -25,15 +25,14 @@ from heeler.ppo.moments import RunningMoments
 from heeler.ppo.schedules import Schedule
 from heeler.ppo.shaping import ScoreShaping, Truncation
 from heeler.ppo.update import PPOConfig
-from heeler.rewards.classifier import ClassifierReward
 from heeler.rewards.functions import FunctionReward, RewardFunction
 from heeler.rewards.http import HTTPReward
+from heeler.rewards.specs import load_judges, load_reward
 from heeler.rollout.engines.hf import HFEngine
 from heeler.rollout.engines.native import NativeEngine
 from heeler.rollout.text import TextCollector
 from heeler.runtime import machine
 from heeler.runtime.configs import from_json
-from heeler.runtime.packages import load_function
 from heeler.runtime.progress import progress
 from heeler.runtime.reduce import LocalReduce
 from heeler.runtime.runs import RunFolder
@@ -52,9 +51,10 @@ class TextConfig:
         model: folder or hub id of any causal LM that transformers loads.
         prompts: file (JSONL, JSON, CSV, Parquet) or data set (OWNER/NAME:SPLIT) with a "prompt" column (a string or
             chat messages); other columns reach the reward.
-        reward: "module:function", the folder of a sequence classifier, or the address of a reward server.
-        eval_prompts: the same, held out, for the figures before and after.
-        judges: "name=module:function" scorers that are only reported, never trained on.
+        reward: "module:function", the folder of a sequence classifier, the address of a reward server, a verifier such
+            as "exact-match", or a sum of these such as "math + 0.1*repetition(3)" (docs/rewards.md).
+        eval_prompts: the same as `prompts`, held out, for the figures before and after.
+        judges: "name=REWARD" scorers that are only reported, never trained on.
         out: the run folder; runs/NAME where None.
         seed: of every draw.
         updates: PPO updates.
@@ -241,31 +241,6 @@ class TextRun(Run):
             self.policy.device,
         )  # fmt: skip
         return list(rollout.completions)
-
-
-def load_reward(spec: str, device: str = "cpu") -> Reward:
-    """The reward that `spec` names: module:function, the folder of a classifier, or a server that must answer now."""
-    if not spec:
-        raise HeelerError(
-            "no reward was given: --reward module:function, the folder of a sequence classifier, or http://HOST:PORT"
-        )
-    if spec.startswith(("http://", "https://")):
-        server = HTTPReward(spec)
-        server.check()
-        return server
-    if (Path(spec) / "config.json").is_file():
-        return ClassifierReward(spec, device=device)
-    return FunctionReward(load_function(spec), spec)
-
-
-def load_judges(specs: Sequence[str]) -> dict[str, Reward]:
-    judges: dict[str, Reward] = {}
-    for spec in specs:
-        name, equals, function = spec.partition("=")
-        if not equals:
-            name, function = spec.rpartition(":")[2], spec
-        judges[name] = load_reward(function)
-    return judges
 
 
 def build_text_run(

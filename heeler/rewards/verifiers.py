@@ -1,0 +1,377 @@
+"""Verifiers: rewards that check an answer against the prompt set's columns, a pattern or a schema.
+
+A verifier reads the whole completion, as it is, unless it says otherwise. A column of accepted answers holds a string,
+a number or a list of these for each prompt; one match is enough.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+import subprocess
+import sys
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heeler.runtime.packages import did_you_mean, require, where_raised
+from heeler.types import HeelerError, RewardOutput, Samples
+
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def normalize(text: str) -> str:
+    """Lower case, no ASCII punctuation, no English articles, single spaces (SQuAD, Rajpurkar et al., 1606.05250)."""
+    return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
+
+
+def token_f1(answer: str, gold: str) -> float:
+    """Harmonic mean of precision and recall over the words of two normalised texts, counted as bags.
+
+    1 where both have no words, 0 where one has none (SQuAD 2.0, Rajpurkar et al., 1806.03822).
+    """
+    given, wanted = normalize(answer).split(), normalize(gold).split()
+    if not given or not wanted:
+        return float(given == wanted)
+    return 2 * (Counter(given) & Counter(wanted)).total() / (len(given) + len(wanted))
+
+
+class ExactMatch:
+    """1 where the completion equals an accepted answer after SQuAD's normalisation (`normalize`), else 0.
+
+    Args:
+        column: of the prompt set, with the accepted answers.
+    """
+
+    def __init__(self, column: str = "answer") -> None:
+        self.column = column
+
+    def __call__(self, samples: Samples) -> RewardOutput:
+        golds = _accepted(samples, self.column, "exact-match")
+
+        def score(index: int) -> float:
+            given = normalize(samples.completions[index])
+            return float(any(given == normalize(gold) for gold in golds[index]))
+
+        return _output(_each("exact-match", len(samples), score))
+
+
+class TokenF1:
+    """The best `token_f1` of the completion with an accepted answer, 0 to 1.
+
+    Args:
+        column: of the prompt set, with the accepted answers.
+    """
+
+    def __init__(self, column: str = "answer") -> None:
+        self.column = column
+
+    def __call__(self, samples: Samples) -> RewardOutput:
+        golds = _accepted(samples, self.column, "f1")
+
+        def score(index: int) -> float:
+            return max(token_f1(samples.completions[index], gold) for gold in golds[index])
+
+        return _output(_each("f1", len(samples), score))
+
+
+class Regex:
+    """1 where the pattern is found anywhere in the completion (`re.search`), else 0.
+
+    Args:
+        pattern: a regular expression of Python's `re`; flags are written into it, such as `(?i)`.
+
+    Raises:
+        HeelerError: the pattern is none.
+    """
+
+    def __init__(self, pattern: str) -> None:
+        self.pattern = _compile(pattern)
+
+    def __call__(self, samples: Samples) -> RewardOutput:
+        return _output([float(self.pattern.search(text) is not None) for text in samples.completions])
+
+
+class JSONSchema:
+    """1 where the completion is one JSON value that a schema accepts, else 0; the component `parses` says it is JSON.
+
+    JSON as RFC 8259 has it: `NaN` and `Infinity`, which Python reads, do not parse. Spaces around the value are
+    allowed, other text is not. References to other addresses are not fetched.
+
+    Args:
+        schema: the schema, or the path of a JSON file with it.
+
+    Raises:
+        HeelerError: the file is missing or broken, or what it holds is no schema.
+    """
+
+    def __init__(self, schema: str | Path | Mapping[str, Any]) -> None:
+        require("jsonschema", "verifiers")
+        from jsonschema.exceptions import SchemaError
+        from jsonschema.validators import validator_for
+        from jsonschema_specifications import REGISTRY
+
+        name = "the schema" if isinstance(schema, Mapping) else str(schema)
+        content: Any = schema if isinstance(schema, Mapping) else _read_schema(schema)
+        validator = validator_for(content)
+        try:
+            validator.check_schema(content)
+        except SchemaError as error:
+            raise HeelerError(f"{name} is not a JSON schema: {error.message} (at {error.json_path})") from error
+        self.validator = validator(content, registry=REGISTRY)
+
+    def __call__(self, samples: Samples) -> RewardOutput:
+        parses = [0.0] * len(samples)
+
+        def score(index: int) -> float:
+            try:
+                value = json.loads(samples.completions[index], parse_constant=_no_constant)
+            except (ValueError, RecursionError):
+                return 0.0
+            parses[index] = 1.0
+            return float(self.validator.is_valid(value))
+
+        return _output(_each("json-schema", len(samples), score), parses=parses)
+
+
+class MathAnswer:
+    """1 where the completion's last mathematical expression equals an accepted answer by math-verify, else 0.
+
+    A completion without an expression scores 0. An answer is read as math-verify reads text: a number, or LaTeX
+    between dollars or in `\\boxed{}`. One without these marks that is neither a number nor prose is read as LaTeX.
+
+    math-verify's own time limits need the main thread and cannot stop a long operation in C, and a policy does write
+    towers of powers. So it runs in a process of its own, which is killed at the time limit; this works from any thread.
+
+    Args:
+        column: of the prompt set, with the accepted answers.
+        timeout: seconds for one completion; one that takes longer, or breaks math-verify, scores 0 and counts in the
+            component `timeout`.
+
+    Raises:
+        HeelerError: an accepted answer holds no mathematics, or takes too long.
+    """
+
+    def __init__(self, column: str = "answer", timeout: float = 5.0) -> None:
+        require("math_verify", "verifiers")
+        if timeout <= 0:
+            raise HeelerError(f"the time limit of the verifier math must be above 0 seconds, not {timeout:g}")
+        self.column, self.timeout = column, timeout
+        self.worker = _MathWorker()
+
+    def __call__(self, samples: Samples) -> RewardOutput:
+        golds = _accepted(samples, self.column, "math")
+        late = [0.0] * len(samples)
+
+        def score(index: int) -> float:
+            answer = self.worker.ask(golds[index], samples.completions[index], self.timeout)
+            if answer is None:
+                answer = self.worker.ask(
+                    golds[index], "", self.timeout
+                )  # is it the accepted answer that takes so long?
+                late[index] = 1.0
+            if answer is None or answer["unparsable"]:
+                culprit = (golds[index] if answer is None else answer["unparsable"])[0]
+                raise HeelerError(
+                    f"the verifier math cannot read the answer {culprit!r} of sample {index + 1}, prompt"
+                    f" {_shown(samples.prompts[index])}: write a number, or LaTeX such as $\\frac{{1}}{{2}}$"
+                )
+            return float(answer["equal"])
+
+        return _output(_each("math", len(samples), score), timeout=late)
+
+
+class ReasoningGym:
+    """What the task's own `score_answer` of Reasoning Gym says of the answer, 0 to 1 (Stojanovski et al., 2505.24760).
+
+    The prompts are those of `heeler.data.reasoning.reasoning_gym_prompts`: their columns `task` and `entry` say what
+    is asked. Many tasks give 0.01 for any answer at all; scores up to that become 0. Other partial credit stays. The
+    component `solved` is 1 where the score is 1.
+
+    The answer is the text between the last `<answer>` and `</answer>`, or, where there is no such pair, the whole
+    completion; spaces at both ends are dropped.
+
+    Args:
+        extract: a regular expression in place of the tags (`.` matches line ends too): the answer is the first group
+            of its last match, or the match itself where it has no group; a completion without a match scores 0.
+
+    Raises:
+        HeelerError: a column is missing, there is no such task, or its `score_answer` fails on the entry.
+    """
+
+    def __init__(self, extract: str | None = None) -> None:
+        require("reasoning_gym", "verifiers")
+        self.extract = None if extract is None else _compile(extract, re.DOTALL)
+        self.scorers: dict[str, Callable[[str, Any], float]] = {}
+
+    def answer(self, completion: str) -> str | None:
+        """The answer in a completion, None where there is none."""
+        matches = list((self.extract or ANSWER_TAGS).finditer(completion))
+        if matches:
+            last = matches[-1]
+            return (last[1] or "" if last.re.groups else last[0]).strip()
+        return completion.strip() if self.extract is None else None
+
+    def __call__(self, samples: Samples) -> RewardOutput:
+        tasks = _column(samples, "task", "reasoning-gym")
+        entries = _column(samples, "entry", "reasoning-gym")
+
+        def score(index: int) -> float:
+            entry: Any = entries[index]
+            scorer = self._scorer(tasks[index], entry.get("config", {}))
+            answer = self.answer(samples.completions[index])
+            if answer is None:
+                return 0.0
+            try:
+                value = float(scorer(answer, entry))
+            except Exception:
+                scorer(entry["answer"], entry)  # a sound entry takes its own answer: then the completion is at fault
+                return 0.0
+            return value if value > 0.01 else 0.0
+
+        scores = _each("reasoning-gym", len(samples), score)
+        return _output(scores, solved=[float(value == 1) for value in scores])
+
+    def _scorer(self, task: Any, config: Mapping[str, Any]) -> Callable[[str, Any], float]:
+        from heeler.data.reasoning import reasoning_gym_dataset
+
+        key = json.dumps([task, config], sort_keys=True)
+        if key not in self.scorers:
+            self.scorers[key] = reasoning_gym_dataset(task, **config).score_answer
+        return self.scorers[key]
+
+
+ANSWER_TAGS = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+
+
+class _MathWorker:
+    """The process that runs math-verify; started at the first question, and again after one that took too long."""
+
+    def __init__(self) -> None:
+        self.process: subprocess.Popen[str] | None = None
+        self.stop: Callable[[], object] = lambda: None
+        self.lock = threading.Lock()
+
+    def ask(self, golds: Sequence[str], completion: str, timeout: float) -> dict[str, Any] | None:
+        """`{"equal": bool, "unparsable": list of golds}`; None where `timeout` seconds were not enough."""
+        with self.lock:
+            process = self.process or self._start()
+            answer = _exchange(process, {"golds": golds, "completion": completion}, timeout)
+            if answer is None:
+                self.stop()
+                self.process = None
+        return answer
+
+    def _start(self) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-P", str(Path(__file__).with_name("math_worker.py"))],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8",
+            start_new_session=True,  # an interrupt at the keyboard is for the run, which still scores its last samples
+        )  # fmt: skip
+        self.stop = weakref.finalize(self, _stop, process)
+        ready = _exchange(process, {"golds": ["1"], "completion": "1"}, 120)
+        if ready is None or not ready["equal"]:
+            self.stop()
+            raise HeelerError(
+                "math-verify does not start, or finds that 1 is not 1: look at python -c 'import math_verify', or pip"
+                " install --upgrade 'heeler[verifiers]'"
+            )
+        self.process = process
+        return process
+
+
+def _exchange(process: subprocess.Popen[str], question: dict[str, Any], timeout: float) -> dict[str, Any] | None:
+    assert process.stdin is not None and process.stdout is not None
+    timer = threading.Timer(timeout, process.kill)
+    timer.start()
+    try:
+        process.stdin.write(json.dumps(question) + "\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+    except OSError:
+        return None
+    finally:
+        timer.cancel()
+    return json.loads(line) if line.endswith("\n") else None
+
+
+def _stop(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    process.communicate()
+
+
+def _compile(pattern: str, flags: int = 0) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern, flags)
+    except re.error as error:
+        raise HeelerError(f"{pattern!r} is not a regular expression: {error}") from error
+
+
+def _read_schema(path: str | Path) -> Any:
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise HeelerError(f"there is no file {path} that can be read: give a JSON schema") from error
+    except ValueError as error:
+        raise HeelerError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, (dict, bool)):
+        raise HeelerError(f"{path} is not a JSON schema: it holds a {type(content).__name__}, not an object")
+    return content
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(name)
+
+
+def _column(samples: Samples, column: str, verifier: str) -> Sequence[object]:
+    if column not in samples.columns:
+        raise HeelerError(
+            f"the verifier {verifier} reads the column {column!r}, which the prompts do not have (found"
+            f" {', '.join(samples.columns) or 'none beside the prompt'}){did_you_mean(column, samples.columns)}"
+        )
+    return samples.columns[column]
+
+
+def _accepted(samples: Samples, column: str, verifier: str) -> list[list[str]]:
+    """The accepted answers of each sample, as texts."""
+    accepted: list[list[str]] = []
+    for index, value in enumerate(_column(samples, column, verifier)):
+        answers = list(value) if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+        if not answers or not all(isinstance(a, (str, int, float)) and not isinstance(a, bool) for a in answers):
+            raise HeelerError(
+                f"the verifier {verifier} finds {value!r} in the column {column!r} of sample {index + 1}: write a"
+                " string, a number or a list of these"
+            )
+        accepted.append([str(answer) for answer in answers])
+    return accepted
+
+
+def _each(verifier: str, count: int, score: Callable[[int], float]) -> list[float]:
+    """The score of each sample; what goes wrong is told with the sample's number, counted from 1."""
+    scores: list[float] = []
+    for index in range(count):
+        try:
+            scores.append(score(index))
+        except HeelerError:
+            raise
+        except Exception as error:
+            raise HeelerError(f"the verifier {verifier} failed on sample {index + 1}: {where_raised(error)}") from error
+    return scores
+
+
+def _shown(prompt: object) -> str:
+    text = prompt if isinstance(prompt, str) else json.dumps(prompt)
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def _output(scores: Sequence[float], **components: Sequence[float]) -> RewardOutput:
+    parts: dict[str, Tensor] = {name: torch.tensor(values) for name, values in components.items()}
+    return RewardOutput(scores=torch.tensor(scores, dtype=torch.float32), token_rewards=None, components=parts)

@@ -1,0 +1,202 @@
+"""Verifiers: right and wrong answers, and answers that cannot be checked."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from heeler.data.reasoning import reasoning_gym_prompts
+from heeler.rewards.verifiers import ExactMatch, JSONSchema, MathAnswer, ReasoningGym, Regex, TokenF1
+from heeler.types import HeelerError, Reward, RewardOutput
+from tests.tiny import samples_of
+
+
+def scores(reward: Reward, completions: list[str], **columns: list[Any]) -> list[float]:
+    return reward(samples_of(["p"] * len(completions), completions, **columns)).scores.tolist()
+
+
+def test_exact_match_normalises() -> None:
+    texts = ["The  Cat's\nhat!", "cats hats", " a dog ", "", "42", "theatre"]
+    golds = ["cats hat", "cats hat", ["cat", "dog"], "the", 42, "atre"]
+    assert scores(ExactMatch(), texts, answer=golds) == [1.0, 0.0, 1.0, 1.0, 1.0, 0.0]
+    assert scores(ExactMatch("gold"), ["x"], gold=["X."], answer=["y"]) == [1.0]
+
+
+def test_f1_is_the_overlap_of_bags_of_words() -> None:
+    texts = ["the cat sat", "cat cat cat", "dog", "", "the", "a b c d", "mat"]
+    golds = ["a cat sat down", "cat", "cat", "cat", "", ["x", "c d e"], ["cat", "mat"]]
+    wanted = [2 * 2 / (2 + 3), 2 * 1 / (3 + 1), 0, 0, 1, 2 * 2 / (3 + 3), 1]  # "a" is an article, on both sides
+    assert scores(TokenF1(), texts, answer=golds) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("reward", [ExactMatch(), TokenF1(), MathAnswer()])
+def test_columns_that_hold_no_answers(reward: Reward) -> None:
+    name = {ExactMatch: "exact-match", TokenF1: "f1", MathAnswer: "math"}[type(reward)]
+    with pytest.raises(HeelerError, match=f"verifier {name} reads the column 'answer', which .*mean answers"):
+        scores(reward, ["a"], answers=["a"])
+    for nothing in (None, [], [None], {"a": 1}, True):
+        with pytest.raises(HeelerError, match=f"verifier {name} finds .* in the column 'answer' of sample 2"):
+            scores(reward, ["a", "b"], answer=["1", nothing])
+
+
+def test_regex() -> None:
+    assert scores(Regex(r"^yes\b"), ["yes, so", "oh yes", "Yes", "yesterday"]) == [1.0, 0.0, 0.0, 0.0]
+    assert scores(Regex(r"(?i)^yes$"), ["YES"]) == [1.0]
+    with pytest.raises(HeelerError, match=r"'\(a' is not a regular expression: missing \), unterminated"):
+        Regex("(a")
+
+
+def test_json_schema(tmp_path: Path) -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 0}}, "required": ["n"]}
+    texts = ['{"n": 3}', ' {"n": 0}\n', '{"n": -1}', "{}", '{"n": 3', 'so: {"n": 3}', "[" * 100_000, '{"n": NaN}']
+    output = JSONSchema(schema)(samples_of(["p"] * 8, texts))
+    assert output.scores.tolist() == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0]
+    assert output.components["parses"].tolist() == [1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    (tmp_path / "s.json").write_text(json.dumps(schema))
+    assert scores(JSONSchema(tmp_path / "s.json"), texts) == output.scores.tolist()
+
+
+def test_schemas_that_are_none(tmp_path: Path) -> None:
+    with pytest.raises(HeelerError, match="the schema is not a JSON schema: 'objekt' is not valid"):
+        JSONSchema({"type": "objekt"})
+    with pytest.raises(HeelerError, match="there is no file absent.json that can be read"):
+        JSONSchema("absent.json")
+    for content, says in (("{", "is not JSON"), ("[1]", "is not a JSON schema: it holds a list")):
+        (tmp_path / "s.json").write_text(content)
+        with pytest.raises(HeelerError, match=says):
+            JSONSchema(str(tmp_path / "s.json"))
+    elsewhere = JSONSchema({"$ref": "http://127.0.0.1:9/schema"})
+    with pytest.raises(HeelerError, match="the verifier json-schema failed on sample 2: .*127.0.0.1:9/schema"):
+        scores(elsewhere, ["no JSON", "{}"])
+
+
+@pytest.fixture(scope="module")
+def math() -> MathAnswer:
+    return MathAnswer()
+
+
+def test_math_compares_values_not_letters(math: MathAnswer) -> None:
+    pairs: list[tuple[str, Any, float]] = [
+        ("So it is $\\frac{2}{4}$.", "1/2", 1), ("The answer is 0.5", "$\\frac{1}{2}$", 1), ("1,000", 1000, 1),
+        ("\\boxed{x^2 + 2x + 1}", "(x+1)^2", 1), ("first 3, then 4", "3", 0), ("first 3, then 4", 4, 1),
+        ("dunno", "7", 0), ("", "7", 0), ("2", ["1", "2"], 1), ("$(1, 3)$", "(1, 2)", 0), ("$(1, 2)$", "(1, 2)", 1),
+        ("\\boxed{72}", "48 and 24 make 72 clips. #### 72", 1), ("$\\sqrt{8}$", "2\\sqrt{2}", 1), ("-3", "3", 0),
+    ]  # fmt: skip
+    texts, golds, wanted = zip(*pairs, strict=True)
+    assert scores(math, list(texts), answer=list(golds)) == list(wanted)
+
+
+def test_math_works_off_the_main_thread(math: MathAnswer) -> None:
+    seen: list[list[float]] = []
+    thread = threading.Thread(target=lambda: seen.append(scores(math, ["2/4", "3"], answer=["1/2", "1/2"])))
+    thread.start()
+    thread.join()
+    assert seen == [[1.0, 0.0]]
+
+
+def test_math_that_never_ends_scores_0_and_the_next_sample_is_read() -> None:
+    output = MathAnswer(timeout=1.5)(samples_of(["p"] * 3, ["9**9**9**9", "42", "41"], answer=["42"] * 3))
+    assert output.scores.tolist() == [0.0, 1.0, 0.0]
+    assert output.components["timeout"].tolist() == [1.0, 0.0, 0.0]
+
+
+def test_math_answers_that_cannot_be_read(math: MathAnswer) -> None:
+    says = "the verifier math cannot read the answer 'a cat' of sample 2, prompt 'Who sat there[?]': write a number"
+    with pytest.raises(HeelerError, match=says):
+        math(samples_of(["1 + 1?", "Who sat there?"], ["2", "2"], answer=["2", ["2", "a cat"]]))
+    with pytest.raises(HeelerError, match="must be above 0 seconds, not 0"):
+        MathAnswer(timeout=0)
+
+
+def gym(rows: list[dict[str, Any]], completions: list[str], extract: str | None = None) -> RewardOutput:
+    """Scores of completions of rows that went through a JSONL file."""
+    rows = [json.loads(json.dumps(row)) for row in rows]
+    columns = {name: [row[name] for row in rows] for name in ("answer", "task", "entry")}
+    return ReasoningGym(extract)(samples_of([row["prompt"] for row in rows], completions, **columns))
+
+
+@pytest.mark.parametrize(
+    ("task", "config", "wrong"),
+    [
+        ("chain_sum", {"min_terms": 2, "max_terms": 3}, "123456789"),
+        ("gsm_symbolic", {}, "123456789"),
+        ("knights_knaves", {"n_people": 3}, "Nobody is a knight."),
+        ("zebra_puzzles", {}, "Nobody"),
+        ("decimal_arithmetic", {"max_num_decimal_places": 3}, "123456789"),  # its score_answer reads the configuration
+    ],
+)
+def test_reasoning_gym_tasks_survive_a_file(task: str, config: dict[str, Any], wrong: str) -> None:
+    rows = reasoning_gym_prompts(task, size=4, seed=7, **config)
+    assert rows == reasoning_gym_prompts(task, size=4, seed=7, **config) == json.loads(json.dumps(rows))
+    assert [list(row) for row in rows] == [["prompt", "answer", "task", "entry"]] * 4
+    answers = [row["answer"] for row in rows]
+    output = gym(rows, answers)
+    assert output.scores.tolist() == [1.0] * 4 == output.components["solved"].tolist()
+    assert (
+        gym(rows, [f"Hm, 5.\n<answer>1</answer> no,\n<answer>{a} </answer>." for a in answers]).scores.tolist()
+        == [1.0] * 4
+    )
+    output = gym(rows, [wrong] * 4)
+    assert output.scores.tolist() == [0.0] * 4 == output.components["solved"].tolist()
+
+
+def test_partial_credit_stays_and_counts_as_unsolved() -> None:
+    rows = reasoning_gym_prompts("knights_knaves", size=1, seed=7, n_people=2)
+    answer: str = rows[0]["answer"]
+    first, _, rest = answer.partition(", and ")
+    swapped = first.replace("knave", "?").replace("knight", "knave").replace("?", "knight")
+    output = gym(rows, [f"{swapped}, and {rest}"])
+    assert output.scores.tolist() == pytest.approx([0.3 + 0.7 / 2]) and output.components["solved"].tolist() == [0.0]
+
+
+def test_where_the_answer_is() -> None:
+    rows = reasoning_gym_prompts("chain_sum", size=1, seed=0)
+    answer = rows[0]["answer"]
+    for text, extract, wanted in (
+        (f" {answer}\n", None, 1.0),
+        (f"It is {answer}", None, 0.0),
+        (f"It is {answer}", r"is (\d+)", 1.0),
+        (f"Is 1. is {answer}", r"is \d+", 0.0),
+        (f"0 {answer}", r"-?\d+", 1.0),
+        (answer, r"Answer: (.*)", 0.0),
+        (f"<answer>\n{answer}\n</answer>", None, 1.0),
+    ):
+        assert gym(rows, [text], extract).scores.tolist() == [wanted], (text, extract)
+    with pytest.raises(HeelerError, match="is not a regular expression"):
+        ReasoningGym("(")
+
+
+def test_the_completions_fault_and_the_entrys() -> None:
+    rows = reasoning_gym_prompts("prime_factorization", size=2, seed=0)
+    assert gym(rows, ["zzz", rows[1]["answer"]]).scores.tolist() == [0.0, 1.0]  # its score_answer raises on zzz
+    broken = [rows[0], {**rows[1], "entry": {"question": "?", "answer": None, "metadata": {}}}]
+    with pytest.raises(HeelerError, match="the verifier reasoning-gym failed on sample 2: KeyError: 'number'"):
+        gym(broken, ["2", "2"])
+    with pytest.raises(HeelerError, match="failed on sample 2: AttributeError"):
+        gym([rows[0], {**rows[1], "entry": None}], ["2", "2"])
+    with pytest.raises(HeelerError, match="reads the column 'task', which the prompts do not have"):
+        scores(ReasoningGym(), ["2"], entry=[rows[0]["entry"]])
+
+
+def test_tasks_that_cannot_be() -> None:
+    with pytest.raises(HeelerError, match="Reasoning Gym has no task 'chain_sums'.*did you mean chain_sum"):
+        reasoning_gym_prompts("chain_sums", size=1, seed=0)
+    with pytest.raises(HeelerError, match="the task chain_sum does not take .*'colour'"):
+        reasoning_gym_prompts("chain_sum", size=1, seed=0, colour=3)
+    with pytest.raises(HeelerError, match="entry 1 of the task rearc scores 1, but 0.05 once it was written as JSON"):
+        reasoning_gym_prompts("rearc", size=1, seed=1)
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("heeler.runtime.packages.find_spec", lambda name: None)
+    for build, package in (
+        (MathAnswer, "math_verify"),
+        (ReasoningGym, "reasoning_gym"),
+        (lambda: JSONSchema({}), "jsonschema"),
+    ):
+        with pytest.raises(HeelerError, match=rf"needs the package {package}.*heeler\[verifiers\]"):
+            build()
