@@ -209,19 +209,20 @@ def _built_in(name: str, arguments: str) -> Reward:
     texts = arguments.split(",") if len(types) > 1 else [arguments]
     for position, text in enumerate(texts if arguments.strip() else []):
         keyed = NAMED.fullmatch(text)
-        key = keyed[1].replace("-", "_") if keyed else ""
-        if keyed and (key in types or len(types) > 1):
-            text = keyed[2]
-        elif position < len(types):
-            key = list(types)[position]
+        if keyed and (len(types) > 1 or keyed[1] in types):
+            key, value = keyed[1].replace("-", "_"), keyed[2]
+        else:
+            key, value = (list(types)[position] if position < len(types) else ""), text
         if key not in types or key in given:
             takes = f"takes {', '.join(types).replace('_', '-')}" if types else "takes no arguments"
             raise HeelerError(f"the reward {name} {takes}: {text.strip()!r} does not fit there")
         try:
-            given[key] = types[key](text if len(types) == 1 else text.strip())
+            given[key] = types[key](value if len(types) == 1 else value.strip())
         except ValueError as error:
             kind = "a whole number" if types[key] is int else "a number"
-            raise HeelerError(f"{key.replace('_', '-')} of the reward {name} must be {kind}, not {text!r}") from error
+            raise HeelerError(
+                f"{key.replace('_', '-')} of the reward {name} must be {kind}, not {value.strip()!r}"
+            ) from error
     missing = [
         key
         for key, parameter in inspect.signature(build).parameters.items()

@@ -204,7 +204,8 @@ class ReasoningGym:
             of its last match, or the match itself where it has no group; a completion without a match scores 0.
 
     Raises:
-        HeelerError: a column is missing, there is no such task, or its `score_answer` fails on the entry.
+        HeelerError: a column is missing, there is no such task, or its `score_answer` fails on the entry's own answer.
+            Where it fails on the completion's answer only, the score is 0.
     """
 
     def __init__(self, extract: str | None = None) -> None:

@@ -136,14 +136,15 @@ def test_judges_and_their_names(workplace: Path) -> None:
 def test_a_run_logs_the_terms(tiny_llama: str, workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"prompt": "ab", "answer": "x"}, {"prompt": "cde", "answer": "yz"}]
     (workplace / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    top = ["trainable:top-layers", "--trainable.layers", "1"]
     words = [
         "ppo", "lm", "--model", tiny_llama, "--prompts", "prompts.jsonl", "--updates", "1", "--prompts-per-update", "4",
         "--sampling.max-new-tokens", "4", "--threads", "1", "--precision", "fp32",
     ]  # fmt: skip
-    assert main([*words, "--out", "run", "--reward", "exact-match + 0.5*end=eos-penalty(2)"]) == 0
+    assert main([*words, "--out", "run", "--reward", "exact-match + 0.5*end=eos-penalty(2)", *top]) == 0
     metrics = json.loads((workplace / "run" / "metrics.jsonl").read_text())
     assert metrics["reward/mean"] == pytest.approx(metrics["reward/exact-match"] + 0.5 * metrics["reward/end"])
     assert metrics["reward/end"] == pytest.approx(-2 * metrics["completion/truncated_fraction"])
     capsys.readouterr()
-    assert main([*words, "--out", "other", "--reward", "exact-match(gold)"]) == 2
+    assert main([*words, "--out", "other", "--reward", "exact-match(gold)", *top]) == 2
     assert "reads the column 'gold', which the prompts do not have (found answer)" in capsys.readouterr().err

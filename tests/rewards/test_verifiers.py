@@ -63,14 +63,14 @@ def test_json_schema(tmp_path: Path) -> None:
 def test_schemas_that_are_none(tmp_path: Path) -> None:
     with pytest.raises(HeelerError, match="the schema is not a JSON schema: 'objekt' is not valid"):
         JSONSchema({"type": "objekt"})
-    with pytest.raises(HeelerError, match="there is no file absent.json that can be read"):
+    with pytest.raises(HeelerError, match=r"there is no file absent.json that can be read"):
         JSONSchema("absent.json")
     for content, says in (("{", "is not JSON"), ("[1]", "is not a JSON schema: it holds a list")):
         (tmp_path / "s.json").write_text(content)
         with pytest.raises(HeelerError, match=says):
             JSONSchema(str(tmp_path / "s.json"))
     elsewhere = JSONSchema({"$ref": "http://127.0.0.1:9/schema"})
-    with pytest.raises(HeelerError, match="the verifier json-schema failed on sample 2: .*127.0.0.1:9/schema"):
+    with pytest.raises(HeelerError, match=r"the verifier json-schema failed on sample 2: .*127.0.0.1:9/schema"):
         scores(elsewhere, ["no JSON", "{}"])
 
 
@@ -145,12 +145,11 @@ def test_reasoning_gym_tasks_survive_a_file(task: str, config: dict[str, Any], w
 
 
 def test_partial_credit_stays_and_counts_as_unsolved() -> None:
-    rows = reasoning_gym_prompts("knights_knaves", size=1, seed=7, n_people=2)
-    answer: str = rows[0]["answer"]
-    first, _, rest = answer.partition(", and ")
-    swapped = first.replace("knave", "?").replace("knight", "knave").replace("?", "knight")
-    output = gym(rows, [f"{swapped}, and {rest}"])
-    assert output.scores.tolist() == pytest.approx([0.3 + 0.7 / 2]) and output.components["solved"].tolist() == [0.0]
+    rows = reasoning_gym_prompts("chain_sum", size=1, seed=0)
+    answer = rows[0]["answer"]
+    output = gym(rows, [f"It is {answer}"])  # the task pays the share of the text that is the answer
+    assert output.scores.tolist() == pytest.approx([len(answer) / (6 + len(answer))])
+    assert output.components["solved"].tolist() == [0.0]
 
 
 def test_where_the_answer_is() -> None:
@@ -159,13 +158,13 @@ def test_where_the_answer_is() -> None:
     for text, extract, wanted in (
         (f" {answer}\n", None, 1.0),
         (f"It is {answer}", None, 0.0),
-        (f"It is {answer}", r"is (\d+)", 1.0),
-        (f"Is 1. is {answer}", r"is \d+", 0.0),
+        (f"It is {answer}", r"is (\S+)", 1.0),
+        (f"Is 1. is {answer}", r"is \S+", 0.0),
         (f"0 {answer}", r"-?\d+", 1.0),
         (answer, r"Answer: (.*)", 0.0),
         (f"<answer>\n{answer}\n</answer>", None, 1.0),
     ):
-        assert gym(rows, [text], extract).scores.tolist() == [wanted], (text, extract)
+        assert gym(rows, [text], extract).components["solved"].tolist() == [wanted], (text, extract)
     with pytest.raises(HeelerError, match="is not a regular expression"):
         ReasoningGym("(")
 
@@ -173,8 +172,8 @@ def test_where_the_answer_is() -> None:
 def test_the_completions_fault_and_the_entrys() -> None:
     rows = reasoning_gym_prompts("prime_factorization", size=2, seed=0)
     assert gym(rows, ["zzz", rows[1]["answer"]]).scores.tolist() == [0.0, 1.0]  # its score_answer raises on zzz
-    broken = [rows[0], {**rows[1], "entry": {"question": "?", "answer": None, "metadata": {}}}]
-    with pytest.raises(HeelerError, match="the verifier reasoning-gym failed on sample 2: KeyError: 'number'"):
+    broken = [rows[0], {**rows[1], "task": "chain_sum", "entry": {"question": "?"}}]
+    with pytest.raises(HeelerError, match="the verifier reasoning-gym failed on sample 2: KeyError: 'answer'"):
         gym(broken, ["2", "2"])
     with pytest.raises(HeelerError, match="failed on sample 2: AttributeError"):
         gym([rows[0], {**rows[1], "entry": None}], ["2", "2"])
@@ -183,11 +182,11 @@ def test_the_completions_fault_and_the_entrys() -> None:
 
 
 def test_tasks_that_cannot_be() -> None:
-    with pytest.raises(HeelerError, match="Reasoning Gym has no task 'chain_sums'.*did you mean chain_sum"):
+    with pytest.raises(HeelerError, match=r"Reasoning Gym has no task 'chain_sums'.*did you mean chain_sum"):
         reasoning_gym_prompts("chain_sums", size=1, seed=0)
-    with pytest.raises(HeelerError, match="the task chain_sum does not take .*'colour'"):
+    with pytest.raises(HeelerError, match=r"the task chain_sum does not take .*'colour'"):
         reasoning_gym_prompts("chain_sum", size=1, seed=0, colour=3)
-    with pytest.raises(HeelerError, match="entry 1 of the task rearc scores 1, but 0.05 once it was written as JSON"):
+    with pytest.raises(HeelerError, match=r"entry 1 of the task rearc scores 1, but 0.05 once it was written as JSON"):
         reasoning_gym_prompts("rearc", size=1, seed=1)
 
 
