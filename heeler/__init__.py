@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from heeler.ppo.schedules import Schedule
     from heeler.ppo.update import PPOConfig
     from heeler.train.control import GymConfig, load_gym_run, load_policy, resume_gym, train_gym
+    from heeler.train.reward import RewardConfig
+    from heeler.train.reward_run import RewardTask, train_reward
     from heeler.train.sft import SFTConfig, resume_sft, train_sft
     from heeler.train.text import TextConfig, load_text_run, resume_text, train_text
     from heeler.types import CheckFailed, HeelerError, Sampling
@@ -29,6 +31,8 @@ _HOMES = {
     "HeelerError": "heeler.types",
     "LoRA": "heeler.policies.language_model",
     "PPOConfig": "heeler.ppo.update",
+    "RewardConfig": "heeler.train.reward",
+    "RewardTask": "heeler.train.reward_run",
     "SFTConfig": "heeler.train.sft",
     "Sampling": "heeler.types",
     "Schedule": "heeler.ppo.schedules",
@@ -43,6 +47,7 @@ _HOMES = {
     "resume_sft": "heeler.train.sft",
     "resume_text": "heeler.train.text",
     "train_gym": "heeler.train.control",
+    "train_reward": "heeler.train.reward_run",
     "train_sft": "heeler.train.sft",
     "train_text": "heeler.train.text",
 }

@@ -20,6 +20,7 @@ HELP = """heeler: PPO for language models, control and games
                                         lunarlander-continuous, bipedalwalker, halfcheetah, hopper, walker2d, ant,
                                         swimmer, pong, breakout
   heeler sft --model M --data F         supervised fine-tuning on prompts and completions, chats or texts
+  heeler reward --model M --data F      a reward model from preferences (chosen, rejected) or labels
   heeler reward imdb [--full]           the reward model of the recipe
   heeler serve-reward SPEC [--port N]   a reward behind HTTP: module:function, or the folder of a classifier
   heeler eval RUN                       held-out figures of a run's policy; --episodes N --video F for environments
@@ -183,6 +184,15 @@ class RewardIMDB:
 
 
 def _reward(words: list[str]) -> int:
+    if words and words[0].startswith("--") and words[0] != "--help":
+        from heeler.train.reward_run import RewardTask, train_reward
+
+        train_reward(_parse(RewardTask, words, "heeler reward"))
+        return 0
+    if words in (["-h"], ["--help"]):
+        print("heeler reward imdb [--full]: the reward model of the recipe; heeler reward --model M --data F: yours")
+        words = ["--model", "M", "--help"]
+        return _reward(words)
     _, rest = _recipe("reward", words, ("imdb",))
     chosen = _parse(RewardIMDB, rest, "heeler reward imdb")
     from heeler.recipes.imdb import imdb_reward_model

@@ -65,12 +65,23 @@ def load_classifier(path: str, num_labels: int | None = None) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     quiet_transformers()
+    path = model_folder(path)
     options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     try:
         model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, **options)
     except (OSError, ValueError) as error:
         raise HeelerError(_not_loadable("sequence classifier", path, error)) from error
     return model.eval()
+
+
+def special_tokens_around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The special tokens that a tokenizer puts before and after a text."""
+    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    whole = list(tokenizer("a")["input_ids"])
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return whole[:start], whole[start + len(plain) :]
+    raise HeelerError("the tokenizer changes a text's own tokens where it adds special ones: it cannot be used here")
 
 
 def check_path(kind: str, path: str) -> None:

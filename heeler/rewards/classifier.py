@@ -11,23 +11,32 @@ from heeler.data.prompts import texts_of
 from heeler.policies import loading
 from heeler.types import HeelerError, RewardOutput, Samples
 
+SCORE_KEY = "heeler_score"  # of a model's config: what it was trained on, gain and bias of its score
+
 
 class ClassifierReward:
-    """The logit of the positive class of prompt and completion together; its probability is a component.
+    """The score of prompt and completion together, as a sequence classifier of any kind gives it.
 
-    PPO trains on the logit, which does not saturate, and reports the probability as `reward/probability`.
+    PPO trains on the logit, which does not saturate. Where the model was trained on labels, or is not Heeler's, its
+    probability is a component, `reward/probability`. A model of preferences has no probability of a single text.
 
     Args:
         path: folder or hub id of a classifier with one label (its logit) or two (the difference of the two).
-        scale, shift: score = scale * logit + shift.
+        scale, shift: score = scale * logit + shift; what the model's config says where None, else 1 and 0.
         batch_tokens: padded tokens in one forward pass.
         device: where it runs.
     """
 
     def __init__(
-        self, path: str, *, scale: float = 1.0, shift: float = 0.0, batch_tokens: int = 4096, device: str = "cpu"
+        self,
+        path: str,
+        *,
+        scale: float | None = None,
+        shift: float | None = None,
+        batch_tokens: int = 4096,
+        device: str = "cpu",
     ) -> None:
-        self.path, self.scale, self.shift, self.batch_tokens = path, scale, shift, batch_tokens
+        self.path, self.batch_tokens = path, batch_tokens
         self.tokenizer = loading.load_tokenizer(path)
         self.tokenizer.truncation_side = "left"  # a text that is too long loses its beginning, not the completion
         self.device = device
@@ -36,6 +45,12 @@ class ClassifierReward:
             raise HeelerError(
                 f"the reward model {path} has {self.model.config.num_labels} labels: it must have one or two"
             )
+        stored = getattr(self.model.config, SCORE_KEY, {})
+        self.scale = float(stored.get("scale", 1.0)) if scale is None else scale
+        self.shift = float(stored.get("shift", 0.0)) if shift is None else shift
+        self.has_probability = stored.get("kind", "labels") == "labels"
+        if self.model.config.pad_token_id is None:  # a causal model looks for its last token by it
+            self.model.config.pad_token_id = self.tokenizer.pad_token_id
         limit = getattr(self.model.config, "max_position_embeddings", 512) or 512
         self.max_length = int(min(limit, self.tokenizer.model_max_length))
 
@@ -59,5 +74,5 @@ class ClassifierReward:
         return RewardOutput(
             scores=logits * self.scale + self.shift,
             token_rewards=None,
-            components={"probability": logits.sigmoid()},
+            components={"probability": logits.sigmoid()} if self.has_probability else {},
         )

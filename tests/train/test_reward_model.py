@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
+import random
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
 
+from heeler import RewardConfig, RewardTask, train_reward
+from heeler.data.preferences import load_preferences, split_by_prompt
+from heeler.policies.loading import load_tokenizer
 from heeler.rewards.classifier import ClassifierReward
-from heeler.train.reward import LabelledTexts, RewardConfig, accuracy, train_reward_model
+from heeler.rewards.specs import load_reward
+from heeler.train.reward import LabelledTexts, PreferencePairs, accuracy, calibration_error, train_reward_model
 from heeler.types import HeelerError
-from tests.tiny import samples_of
+from tests.tiny import samples_of, save_tiny_model
 
 WORDS = ["good", "fine", "bad", "poor", "film", "the", "a"]
 
@@ -47,10 +56,8 @@ LABELS = [True, True, False, False] * 4
 
 
 def test_it_learns_loads_and_rewards(encoder: str, tmp_path: Path) -> None:
-    from heeler.policies.loading import load_tokenizer
-
     data = LabelledTexts(TEXTS, LABELS, load_tokenizer(encoder))
-    config = RewardConfig(base=encoder, tokens=12000, lr=3e-3, head_lr=3e-3, frozen_layers=0, lengths=(8,), threads=1)
+    config = RewardConfig(model=encoder, tokens=12000, lr=3e-3, head_lr=3e-3, frozen_layers=0, lengths=(8,), threads=1)
     report = train_reward_model(config, data, {"test": (data, 8)}, tmp_path / "rm", show=False)
     assert report["figures"]["test"]["accuracy"] == 1.0
     assert json.loads((tmp_path / "rm" / "heeler.json").read_text())["figures"] == report["figures"]
@@ -62,10 +69,8 @@ def test_it_learns_loads_and_rewards(encoder: str, tmp_path: Path) -> None:
 
 
 def test_batching_by_length_changes_nothing(encoder: str, tmp_path: Path) -> None:
-    from heeler.policies.loading import load_tokenizer
-
     data = LabelledTexts(TEXTS, LABELS, load_tokenizer(encoder))
-    config = RewardConfig(base=encoder, tokens=200, frozen_layers=1, lengths=(8,), threads=1)
+    config = RewardConfig(model=encoder, tokens=200, frozen_layers=1, lengths=(8,), threads=1)
     train_reward_model(config, data, {}, tmp_path / "rm", show=False)
     texts = ["good", "the bad film the good a poor film", "a film", "fine fine fine"]
     one = ClassifierReward(str(tmp_path / "rm"), batch_tokens=1).logits(texts)
@@ -73,18 +78,132 @@ def test_batching_by_length_changes_nothing(encoder: str, tmp_path: Path) -> Non
 
 
 def test_labels_of_one_class_are_refused(encoder: str) -> None:
-    from heeler.policies.loading import load_tokenizer
-
     with pytest.raises(HeelerError, match="needs both classes"):
         LabelledTexts(["a", "b"], [True, True], load_tokenizer(encoder))
 
 
 def test_bf16_learns_too(encoder: str, tmp_path: Path) -> None:
-    from heeler.policies.loading import load_tokenizer
-
     data = LabelledTexts(TEXTS, LABELS, load_tokenizer(encoder))
     config = RewardConfig(
-        base=encoder, tokens=6000, lr=3e-3, head_lr=3e-3, frozen_layers=0, lengths=(8,), threads=1, precision="bf16"
+        model=encoder, tokens=6000, lr=3e-3, head_lr=3e-3, frozen_layers=0, lengths=(8,), threads=1, precision="bf16"
     )
     report = train_reward_model(config, data, {"test": (data, 8)}, tmp_path / "rm", show=False)
     assert report["precision"] == "bf16" and report["figures"]["test"]["accuracy"] == 1.0
+
+
+PAIRS = [
+    {"prompt": f"the {a}", "chosen": f" {good} film", "rejected": f" {bad} film"}
+    for a in ("film", "a", "the", "film film", "a a", "the a")
+    for good in ("good", "fine")
+    for bad in ("bad", "poor")
+]
+
+
+def task_of(model: str, out: Path, **changes: Any) -> RewardTask:
+    training = RewardConfig(model=model, tokens=6000, lr=3e-3, head_lr=3e-3, threads=1, precision="fp32")
+    return RewardTask(training=replace(training, **changes), out=str(out), eval_share=0.3)
+
+
+def test_the_losses_equal_plain_loops(encoder: str) -> None:
+    tokenizer = load_tokenizer(encoder)
+    rows = [{**row, "margin": 0.1 * i} for i, row in enumerate(PAIRS)]
+    data = PreferencePairs(load_preferences(rows, max_tokens=None), tokenizer)
+    config = RewardConfig(model=encoder, centring=0.3)
+    items, scores = [4, 0, 9], torch.tensor([0.5, -1.0, 2.0, 2.5, 0.0, 0.3])
+    expected = 0.0
+    for k, i in enumerate(items):
+        chosen, rejected = scores[2 * k].item(), scores[2 * k + 1].item()
+        expected += math.log(1 + math.exp(-(chosen - rejected - 0.1 * i))) + 0.3 * (chosen + rejected) ** 2
+    assert data.loss(items, scores, config).item() == pytest.approx(expected / 3, rel=1e-5)
+    drawn = data.draw(items, config, random.Random(0))
+    assert tokenizer.decode(drawn[0]) == f"[CLS] {rows[4]['prompt']}{rows[4]['chosen']} [SEP]"
+    assert tokenizer.decode(drawn[3]) == f"[CLS] {rows[0]['prompt']}{rows[0]['rejected']} [SEP]"
+    smooth = data.loss(items, scores, replace(config, centring=0.0, label_smoothing=1.0)).item()
+    turned = data.loss(items, -scores, replace(config, centring=0.0)).item()
+    assert smooth != pytest.approx(turned)  # the margin stays with the pair's order
+    data.margins.zero_()
+    assert data.loss(items, scores, replace(config, centring=0.0, label_smoothing=1.0)).item() == pytest.approx(
+        data.loss(items, -scores, replace(config, centring=0.0)).item(), rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("base", ["encoder", "causal"])
+def test_a_model_of_preferences(encoder: str, tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of an encoder or a causal model: it orders held-out pairs, its scores are normalised, and it is a reward."""
+    model = encoder if base == "encoder" else save_tiny_model(tmp_path / "llama", words=WORDS, std=0.1)
+    summary = train_reward(task_of(model, tmp_path / "run"), data=PAIRS, show=False)
+    assert summary["eval/after"]["accuracy"] == 1.0 and summary["kind"] == "preferences"
+    written = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert written["eval/after"] == summary["eval/after"] and (tmp_path / "run" / "scores.png").stat().st_size > 5000
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] < rows[0]["loss"] and rows[-1]["step"] == len(rows) == summary["updates"]
+
+    reward = load_reward(str(tmp_path / "run"))
+    assert isinstance(reward, ClassifierReward)
+    prompts = [row["prompt"] for row in PAIRS]
+    chosen = reward(samples_of(prompts, [row["chosen"] for row in PAIRS]))
+    rejected = reward(samples_of(prompts, [row["rejected"] for row in PAIRS]))
+    assert bool((chosen.scores > rejected.scores).all()) and not chosen.components
+    assert (abs(float(chosen.scores.mean())) < 0.3 and 0.5 < float(chosen.scores.std()) < 2) or base == "encoder"
+
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
+    tokenizer = load_tokenizer(str(tmp_path / "run"))
+    ids = torch.tensor([tokenizer(PAIRS[0]["prompt"] + PAIRS[0]["chosen"])["input_ids"]])
+    with torch.no_grad():
+        logit = plain(input_ids=ids).logits[0, 0].item()
+    score = plain.config.heeler_score
+    assert chosen.scores[0].item() == pytest.approx(logit * score["scale"] + score["shift"], abs=1e-3)
+
+
+def test_normalised_scores_of_chosen_texts(encoder: str, tmp_path: Path) -> None:
+    """Mean 0 and deviation 1 on what it was trained on."""
+    train_reward(task_of(encoder, tmp_path / "run", tokens=500), data=PAIRS, show=False)
+    pairs = split_by_prompt(load_preferences(PAIRS, max_tokens=None), {"train": 0.7, "held_out": 0.3}, seed=0)["train"]
+    reward = load_reward(str(tmp_path / "run"))
+    scores = reward(samples_of([""] * len(pairs), [pair.chosen for pair in pairs])).scores
+    assert float(scores.mean()) == pytest.approx(0.0, abs=1e-3)
+    assert float(scores.std(correction=0)) == pytest.approx(1.0, abs=1e-3)
+
+
+def test_labels_from_a_file_and_the_command_line(encoder: str, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    from heeler.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    rows = [f"{text} {extra},{'pos' if y else 'neg'}" for extra in ("", "a", "the", "film") for text, y in zip(
+        TEXTS[:4], LABELS[:4], strict=True)]  # fmt: skip
+    Path("reviews.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    flags = ["--model", encoder, "--tokens", "12000", "--lr", "3e-3", "--head-lr", "3e-3", "--threads", "1"]
+    assert main(["reward", *flags, "--data", "reviews.csv", "--eval-share", "0.4", "--out", "rm"]) == 0
+    told = capsys.readouterr().out
+    assert "held out: accuracy 100.0%" in told and "labels to train on" in told
+    assert "probability" in load_reward("rm")(samples_of(["the"], [" good film"])).components
+    Path("pairs.jsonl").write_text(json.dumps({"prompt": "the", "chosen": " good", "rejected": " good"}) + "\n")
+    Path("other.csv").write_text("text,label\nthe good film,1\na,1\n")
+    for words, says in [
+        (["--data", "pairs.jsonl"], "pairs.jsonl, row 1"),
+        (["--data", "other.csv"], "needs both classes"),
+        (["--data", "reviews.csv", "--eval-data", "reviews.csv"], "16 of the 16 prompts of 'train'"),
+        (["--data", "reviews.csv", "--eval-share", "0"], "--eval-share is 0"),
+        ([], "no data were given"),
+    ]:
+        assert main(["reward", *flags, *words, "--out", "bad"]) == 2
+        assert says in capsys.readouterr().err and not Path("bad").exists()
+    assert main(["reward", "imbd"]) == 2 and "did you mean imdb" in capsys.readouterr().err
+
+
+def test_calibration_error() -> None:
+    """Two bins: predicted .25 of which all happened, and .75 of which half did."""
+    predicted = torch.tensor([0.25, 0.25, 0.75, 0.75])
+    happened = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    assert calibration_error(predicted, happened) == pytest.approx((2 * 0.75 + 2 * 0.25) / 4)
+    assert calibration_error(torch.tensor([1.0, 0.0]), torch.tensor([1.0, 0.0])) == 0.0
+
+
+def test_long_pairs_are_compared_by_their_ends(encoder: str) -> None:
+    tokenizer = load_tokenizer(encoder)
+    long = [{"prompt": "the " * 20, "chosen": "good film", "rejected": "bad film"}]
+    data = PreferencePairs(load_preferences(long, max_tokens=None), tokenizer, max_tokens=6)
+    assert tokenizer.decode(data.texts.row(0)) == "[CLS] the the good film [SEP]"
+    same = [{"prompt": "the", "chosen": "good a film the", "rejected": "bad a film the"}]
+    with pytest.raises(HeelerError, match="pair 1: the last 5 tokens of chosen and rejected are equal"):
+        PreferencePairs(load_preferences(same, max_tokens=None), tokenizer, max_tokens=5)

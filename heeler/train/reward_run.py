@@ -1,0 +1,161 @@
+"""`heeler reward --model M --data F`: a reward model from a user's own preferences or labels, in a run folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from heeler.data.preferences import check_disjoint, load_labels, load_preferences, split_by_prompt
+from heeler.data.tables import named_rows
+from heeler.policies import loading
+from heeler.runtime.configs import to_json
+from heeler.runtime.progress import say
+from heeler.train.reward import LabelledTexts, PreferencePairs, RewardConfig, train_reward_model
+from heeler.train.run import default_out, new_folder
+from heeler.types import HeelerError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardTask:
+    """A reward model from preferences (prompt, chosen, rejected) or labelled texts (text, label).
+
+    Attributes:
+        data: a file (JSONL, CSV, Parquet) or a datasets id with these columns.
+        eval_data: held-out rows; where None, `eval_share` of the prompts (or texts) is held out.
+        eval_share: the share that is held out where there is no `eval_data`.
+        out: the run folder; runs/reward where None.
+        training: how it is trained.
+    """
+
+    data: str = ""
+    eval_data: str | None = None
+    eval_share: float = 0.1
+    out: str | None = None
+    training: Annotated[RewardConfig, tyro.conf.arg(name="")]
+
+
+def train_reward(
+    task: RewardTask,
+    *,
+    data: Sequence[Any] | None = None,
+    eval_data: Sequence[Any] | None = None,
+    show: bool = True,
+) -> dict[str, Any]:
+    """Train, and leave a run folder: config.json, metrics.jsonl, summary.json, scores.png, and `model/`.
+
+    Args:
+        task: what is trained on what.
+        data, eval_data: lists of rows, in place of the task's files.
+        show: print progress.
+
+    Returns:
+        what stands in summary.json.
+    """
+    with new_folder(task.out or default_out("reward")) as folder:
+        source = data if data is not None else task.data
+        if not source:
+            raise HeelerError("no data were given: --data FILE with prompt, chosen and rejected, or text and label")
+        train, test = _load(task, source, eval_data if eval_data is not None else task.eval_data)
+    config = {**to_json(task), "out": str(folder.path)}
+    folder.write_config({"verb": "reward", "config": config})
+    say(f"{len(train):,} {train.kind} to train on, {len(test):,} held out", show)
+    try:
+        report = train_reward_model(
+            task.training, train, {"held_out": (test, None)}, folder.path / "model", show=show, on_step=folder.log
+        )
+    finally:
+        folder.close()
+    scores = report.pop("scores", None)
+    summary = {
+        "eval/after": report["figures"]["held_out"], "kind": train.kind, "score": report["score"],
+        "pairs_or_texts": {"train": len(train), "held_out": len(test)}, "seconds": report["seconds"],
+        "updates": report["steps"],
+    }  # fmt: skip
+    if scores is not None:
+        chosen, rejected = scores["held_out"]
+        draw_scores(chosen, rejected, folder.path / "scores.png", show)
+    folder.write_summary(summary)
+    figures = report["figures"]["held_out"]
+    say(
+        f"held out: accuracy {figures['accuracy']:.1%}, log loss {figures['log_loss']:.3f} nats, calibration error"
+        f" {figures['calibration_error']:.3f}; {folder.path}/model is a plain transformers folder, and a reward:"
+        f" heeler ppo lm --reward {folder.path} ...",
+        show,
+    )
+    return {**summary, "folder": str(folder.path)}
+
+
+def _load(
+    task: RewardTask, source: str | Sequence[Any], held_out: str | Sequence[Any] | None
+) -> tuple[LabelledTexts, LabelledTexts] | tuple[PreferencePairs, PreferencePairs]:
+    if not 0 < task.eval_share < 1:
+        raise HeelerError(f"--eval-share is {task.eval_share}: it must lie between 0 and 1")
+    tokenizer = loading.load_tokenizer(task.training.model)
+    limit = task.training.max_tokens
+    rows, name = named_rows(source, task.data or "the data")
+    shares = {"train": 1 - task.eval_share, "held_out": task.eval_share}
+    parts: Mapping[str, Any]
+    if "chosen" in rows[0]:
+        pairs = load_preferences(rows, max_tokens=None, name=name)
+        if held_out:
+            others = load_preferences(held_out, max_tokens=None, name=task.eval_data or "the held-out data")
+            parts = {"train": pairs, "held_out": others}
+            check_disjoint({part: [p.prompt for p in of] for part, of in parts.items()})
+        else:
+            parts = split_by_prompt(pairs, shares, seed=task.training.seed)
+        _both_parts(parts, name)
+        return PreferencePairs(parts["train"], tokenizer, limit), PreferencePairs(parts["held_out"], tokenizer, limit)
+    labelled = list(zip(*load_labels(rows, name=name), strict=True))
+    if held_out:
+        others = list(zip(*load_labels(held_out, name=task.eval_data or "the held-out data"), strict=True))
+        parts = {"train": labelled, "held_out": others}
+        check_disjoint({part: [text for text, _ in of] for part, of in parts.items()})
+    else:
+        parts = split_by_prompt(labelled, shares, seed=task.training.seed, prompt=lambda pair: pair[0])
+    _both_parts(parts, name)
+    train, test = (
+        LabelledTexts([t for t, _ in parts[part]], [y for _, y in parts[part]], tokenizer, limit)
+        for part in ("train", "held_out")
+    )
+    return train, test
+
+
+def _both_parts(parts: Mapping[str, Any], name: str) -> None:
+    for part, rows in parts.items():
+        if not rows:
+            raise HeelerError(
+                f"{name}: no row falls into the part {part!r}: give more rows, another --eval-share, or --eval-data"
+            )
+
+
+def draw_scores(chosen: Sequence[float], rejected: Sequence[float], file: Path, show: bool = True) -> None:
+    """Histograms of the scores of chosen and rejected texts, and of the differences within pairs."""
+    if not find_spec("matplotlib"):
+        say(f"{file.name} was not drawn: it needs matplotlib, pip install 'heeler[plots]'", show)
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (scores, differences) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    low, high = min(*chosen, *rejected), max(*chosen, *rejected)
+    edges = [low + (high - low) * i / 40 for i in range(41)]
+    scores.hist(chosen, edges, alpha=0.6, label="chosen")
+    scores.hist(rejected, edges, alpha=0.6, label="rejected")
+    scores.set_xlabel("score, normalised")
+    scores.set_ylabel("held-out texts")
+    scores.legend()
+    gaps = [a - b for a, b in zip(chosen, rejected, strict=True)]
+    differences.hist(gaps, 40, color="gray")
+    differences.axvline(0, color="black", linewidth=1)
+    share = sum(gap > 0 for gap in gaps) / len(gaps)
+    differences.set_xlabel(f"score of chosen minus score of rejected: {share:.1%} above 0")
+    differences.set_ylabel("held-out pairs")
+    figure.savefig(file, dpi=100)
+    plt.close(figure)
