@@ -74,6 +74,7 @@ def test_sums(workplace: Path) -> None:
         "one": [1.0], "long": [-2.0], "repetition": [-0.5],
     }  # fmt: skip
     assert output.scores.tolist() == [2.0 + 1.0 - 0.5]
+    assert load_reward("2*repetition(1)")(samples_of(["p"], ["a a"])).scores.tolist() == [-1.0]
     named = load_reward("brief=length")
     assert isinstance(named, WeightedSum) and named.terms["brief"][0] == 1.0
 
