@@ -144,7 +144,6 @@ def test_a_model_of_preferences(encoder: str, tmp_path: Path, base: str, monkeyp
     chosen = reward(samples_of(prompts, [row["chosen"] for row in PAIRS]))
     rejected = reward(samples_of(prompts, [row["rejected"] for row in PAIRS]))
     assert bool((chosen.scores > rejected.scores).all()) and not chosen.components
-    assert (abs(float(chosen.scores.mean())) < 0.3 and 0.5 < float(chosen.scores.std()) < 2) or base == "encoder"
 
     plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
     tokenizer = load_tokenizer(str(tmp_path / "run"))
