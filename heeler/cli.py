@@ -19,6 +19,8 @@ HELP = """heeler: PPO for language models, control and games
   heeler ppo cartpole                   tuned recipes: acrobot, mountaincar, pendulum, lunarlander,
                                         lunarlander-continuous, bipedalwalker, halfcheetah, hopper, walker2d, ant,
                                         swimmer, pong, breakout
+  heeler ppo arithmetic | qa            fine-tuning, then PPO with a verifier: Reasoning Gym, questions on countries
+  heeler rlhf imdb                      fine-tuning, a reward model from preferences, PPO
   heeler sft --model M --data F         supervised fine-tuning on prompts and completions, chats or texts
   heeler reward --model M --data F      a reward model from preferences (chosen, rejected) or labels
   heeler reward imdb [--full]           the reward model of the recipe
@@ -35,7 +37,7 @@ CONTROL = (
     "cartpole", "acrobot", "mountaincar", "pendulum", "lunarlander", "lunarlander-continuous", "bipedalwalker",
     "halfcheetah", "hopper", "walker2d", "ant", "swimmer", "pong", "breakout",
 )  # fmt: skip
-RECIPES = ("imdb", "lm", "gym", *CONTROL)
+RECIPES = ("imdb", "lm", "arithmetic", "qa", "gym", *CONTROL)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,8 +64,8 @@ def _dispatch(words: list[str]) -> int:
         print(f"heeler {__version__}")
         return 0
     verbs: dict[str, Callable[[list[str]], int]] = {
-        "ppo": _ppo, "sft": _sft, "reward": _reward, "serve-reward": _serve_reward, "eval": _eval, "sample": _sample,
-        "resume": _resume, "export": _export,
+        "ppo": _ppo, "sft": _sft, "reward": _reward, "rlhf": _rlhf, "serve-reward": _serve_reward, "eval": _eval,
+        "sample": _sample, "resume": _resume, "export": _export,
     }  # fmt: skip
     if words[0] not in verbs:
         raise HeelerError(f"there is no verb {words[0]!r}{did_you_mean(words[0], verbs)}; heeler --help lists them")
@@ -92,6 +94,16 @@ def _ppo(words: list[str]) -> int:
     recipe, rest = _recipe("ppo", words, RECIPES)
     if recipe == "gym" or recipe in CONTROL:
         return _ppo_gym(recipe, rest)
+    if recipe == "arithmetic":
+        from heeler.recipes.tasks import Arithmetic, run_arithmetic
+
+        run_arithmetic(_parse(Arithmetic, rest, "heeler ppo arithmetic"))
+        return 0
+    if recipe == "qa":
+        from heeler.recipes.tasks import QA, run_qa
+
+        run_qa(_parse(QA, rest, "heeler ppo qa"))
+        return 0
     if recipe == "imdb":
         from heeler.recipes.imdb import IMDB, run_imdb
 
@@ -159,6 +171,14 @@ def _json_object(text: str, flag: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise HeelerError(f'{flag} must be a JSON object like {{"continuous": true}}, not {text}')
     return value
+
+
+def _rlhf(words: list[str]) -> int:
+    _, rest = _recipe("rlhf", words, ("imdb",))
+    from heeler.recipes.rlhf import RLHF, run_rlhf
+
+    run_rlhf(_parse(RLHF, rest, "heeler rlhf imdb"))
+    return 0
 
 
 def _sft(words: list[str]) -> int:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from heeler.data.preferences import check_disjoint, load_labels, load_preferences, split_by_prompt
+from heeler.data.preferences import Preference, check_disjoint, load_labels, load_preferences, split_by_prompt
 from heeler.data.tables import named_rows
 from heeler.policies import loading
 from heeler.runtime.configs import to_json
@@ -105,9 +105,9 @@ def _load(
         if held_out:
             others = load_preferences(held_out, max_tokens=None, name=task.eval_data or "the held-out data")
             parts = {"train": pairs, "held_out": others}
-            check_disjoint({part: [p.prompt for p in of] for part, of in parts.items()})
+            check_disjoint({part: [_identity(p) for p in of] for part, of in parts.items()})
         else:
-            parts = split_by_prompt(pairs, shares, seed=task.training.seed)
+            parts = split_by_prompt(pairs, shares, seed=task.training.seed, prompt=_identity)
         _both_parts(parts, name)
         return PreferencePairs(parts["train"], tokenizer, limit), PreferencePairs(parts["held_out"], tokenizer, limit)
     labelled = list(zip(*load_labels(rows, name=name), strict=True))
@@ -123,6 +123,11 @@ def _load(
         for part in ("train", "held_out")
     )
     return train, test
+
+
+def _identity(pair: Preference) -> Any:
+    """What must not lie in two parts: the prompt, or the pair itself where it has none."""
+    return pair.prompt or f"{pair.chosen}\n{pair.rejected}"
 
 
 def _both_parts(parts: Mapping[str, Any], name: str) -> None:

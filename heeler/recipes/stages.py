@@ -1,0 +1,87 @@
+"""Recipes of several stages: fine-tuning, a reward model, PPO, each in a folder of its own, and one table at the end.
+
+    OUT/data/   what the stages read        OUT/sft/      OUT/reward/     OUT/ppo/      run folders
+    OUT/summary.json                        figures of every stage on the same held-out prompts
+
+A stage that is complete is not repeated and one that was interrupted is resumed, so the same command goes on where it
+stopped.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from heeler.runtime.progress import say
+from heeler.runtime.runs import read_json, write_json
+from heeler.train.report import figures_table
+from heeler.train.sft import SFTConfig, resume_sft, train_sft
+from heeler.train.text import TextConfig, build_text_run, resume_text, train_text
+from heeler.types import HeelerError
+
+
+def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> str:
+    """A JSONL file, written once: a recipe that goes on reads what it began with."""
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        aside = file.with_name(file.name + ".partial")
+        aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        aside.rename(file)
+    return str(file)
+
+
+def _state(folder: Path) -> str:
+    if (folder / "policy").is_dir() and "eval/after" in (read_json(folder / "summary.json")):
+        return "complete"
+    if (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir()):
+        return "interrupted"
+    if folder.exists():
+        raise HeelerError(f"{folder} exists and is no run that could go on: move it away, or choose another --out")
+    return "new"
+
+
+def sft_stage(config: SFTConfig, show: bool = True) -> dict[str, Any]:
+    """Fine-tune into `config.out` where that is not done; its summary."""
+    folder = Path(str(config.out))
+    match _state(folder):
+        case "new":
+            train_sft(config, show=show)
+        case "interrupted":
+            resume_sft(folder, show=show)
+        case _:
+            say(f"{folder} is complete", show)
+    return read_json(folder / "summary.json")
+
+
+def ppo_stage(config: TextConfig, show: bool = True) -> dict[str, Any]:
+    """PPO into `config.out` where that is not done; its summary."""
+    folder = Path(str(config.out))
+    match _state(folder):
+        case "new":
+            train_text(config, show=show)
+        case "interrupted":
+            resume_text(folder, show=show)
+        case _:
+            say(f"{folder} is complete", show)
+    return read_json(folder / "summary.json")
+
+
+def figures_of(model: str, config: TextConfig, file: Path, show: bool = True) -> dict[str, float]:
+    """Held-out figures of a model on the prompts, rewards and judges of `config`, kept in `file`."""
+    if not file.exists():
+        say(f"evaluating {model}", show)
+        run = build_text_run(replace(config, model=model, prompts="", kl=replace(config.kl)))
+        write_json(file, run.evaluate(show=show).figures)
+    return read_json(file)
+
+
+def finish(out: Path, stages: Mapping[str, Mapping[str, float]], keep: Sequence[str], more: Mapping[str, Any]) -> None:
+    """Write OUT/summary.json and print the table of the stages."""
+    write_json(out / "summary.json", {"stages": stages, **more})
+    shown = {title: {name: figures[name] for name in keep if name in figures} for title, figures in stages.items()}
+    print("\nThe same held-out prompts, drawn at temperature 1:")
+    print(figures_table(shown))
+    print(f"{out}/summary.json has all figures; heeler sample {out}/ppo --prompt ...")
