@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from heeler.policies.inputs import PaddedRows, TokenInputs
+from heeler.policies.loading import SCORE_KEY, model_folder
 from heeler.policies.logprobs import token_logprobs
 from heeler.policies.splitting import layer_list, shared_copy, split, top_parameters
 from heeler.runtime.packages import quiet_transformers, require
@@ -74,7 +75,8 @@ class SeparateCritic:
 
     Attributes:
         model: "policy" starts from the policy's weights; a path or hub id from another model with the same
-            vocabulary, for instance a reward model of the causal kind.
+            vocabulary. A causal reward model brings its score too: values then start as its score of the text so far
+            [Ziegler et al., 1909.08593, section 2.1].
     """
 
     model: str = "policy"
@@ -249,8 +251,9 @@ class LanguageModelPolicy:
         self.critic_body: Any = None
         hidden_size = int(self.model.config.get_text_config().hidden_size)
         if isinstance(critic, SeparateCritic):
+            scores: nn.Linear | None = None
             if critic.model != "policy":
-                self.critic_body, self.critic_uses_trunk = self._foreign_critic(critic.model), False
+                (self.critic_body, scores), self.critic_uses_trunk = self._foreign_critic(critic.model), False
                 hidden_size = int(self.critic_body.config.get_text_config().hidden_size)
             elif self.peft_model is not None:
                 raise HeelerError(
@@ -271,14 +274,28 @@ class LanguageModelPolicy:
             )
             for parameter in self.critic_body.parameters():
                 parameter.requires_grad_(id(parameter) not in trained)
+            if scores is not None:
+                self.value_network = scores
+                return
         self.value_network = _value_network(hidden_size).to(self.device)
 
-    def _foreign_critic(self, path: str) -> Any:
-        from transformers import AutoModel
+    def _foreign_critic(self, path: str) -> tuple[Any, nn.Linear | None]:
+        """The layers of another model, and the head of its score where it is a reward model with one."""
+        from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
         quiet_transformers()
+        path = model_folder(path)
+        scores: nn.Linear | None = None
         try:
-            body = AutoModel.from_pretrained(path, dtype=torch.float32).eval().to(self.device)
+            config = AutoConfig.from_pretrained(path)
+            names = getattr(config, "architectures", None) or [""]
+            if names[0].endswith("ForSequenceClassification") and config.num_labels == 1:
+                whole = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
+                body = whole.base_model.to(self.device)
+                scores = _score_head(whole, getattr(config, SCORE_KEY, {}))
+                scores = None if scores is None else scores.to(self.device)
+            else:
+                body = AutoModel.from_pretrained(path, dtype=torch.float32).eval().to(self.device)
         except (OSError, ValueError) as error:
             raise HeelerError(f"cannot load the critic {path!r}: {str(error).splitlines()[0]}") from error
         sizes = body.config.get_text_config().vocab_size, self.model.config.get_text_config().vocab_size
@@ -296,7 +313,7 @@ class LanguageModelPolicy:
                 f"the critic {path!r} cannot value this policy's tokens (vocabularies {sizes[0]} and {sizes[1]},"
                 f" {'causal' if causal else body.config.model_type}): it must be a causal model with the same tokenizer"
             )
-        return body
+        return body, scores
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Two groups for the optimiser, named "policy" and "critic"."""
@@ -485,6 +502,19 @@ class LanguageModelPolicy:
             )
         for name, parameter in own.items():
             parameter.copy_(state[name])
+
+
+def _score_head(classifier: Any, stored: dict[str, Any]) -> nn.Linear | None:
+    """The linear score of a causal reward model as a value head, gain and bias of its normalisation included."""
+    score = getattr(classifier, "score", None)
+    if not isinstance(score, nn.Linear) or score.out_features != 1:
+        return None
+    head = nn.Linear(score.in_features, 1)
+    scale, shift = float(stored.get("scale", 1.0)), float(stored.get("shift", 0.0))
+    with torch.no_grad():
+        head.weight.copy_(score.weight * scale)
+        head.bias.fill_(shift + (0.0 if score.bias is None else float(score.bias) * scale))
+    return head
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -8,6 +8,8 @@ from typing import Any
 from heeler.runtime.packages import quiet_transformers, require
 from heeler.types import HeelerError
 
+SCORE_KEY = "heeler_score"  # of a reward model's config: what it was trained on, gain and bias of its score
+
 
 def model_folder(path: str) -> str:
     """`path` itself, or the model that a finished run folder holds (`policy/`, or `model/` of a reward model)."""

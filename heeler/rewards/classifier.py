@@ -11,8 +11,6 @@ from heeler.data.prompts import texts_of
 from heeler.policies import loading
 from heeler.types import HeelerError, RewardOutput, Samples
 
-SCORE_KEY = "heeler_score"  # of a model's config: what it was trained on, gain and bias of its score
-
 
 class ClassifierReward:
     """The score of prompt and completion together, as a sequence classifier of any kind gives it.
@@ -45,7 +43,7 @@ class ClassifierReward:
             raise HeelerError(
                 f"the reward model {path} has {self.model.config.num_labels} labels: it must have one or two"
             )
-        stored = getattr(self.model.config, SCORE_KEY, {})
+        stored = getattr(self.model.config, loading.SCORE_KEY, {})
         self.scale = float(stored.get("scale", 1.0)) if scale is None else scale
         self.shift = float(stored.get("shift", 0.0)) if shift is None else shift
         self.has_probability = stored.get("kind", "labels") == "labels"

@@ -27,7 +27,6 @@ from heeler.data.preferences import Preference
 from heeler.policies import loading
 from heeler.policies.splitting import layer_list
 from heeler.ppo.schedules import Schedule
-from heeler.rewards.classifier import SCORE_KEY
 from heeler.runtime import machine
 from heeler.runtime.configs import to_json
 from heeler.runtime.progress import progress
@@ -331,7 +330,7 @@ def train_reward_model(
         scores = score_rows(model, tokenizer, chosen, label="normalising", show=show)
         score["scale"] = 1 / max(float(scores.std(correction=0)), 1e-6)
         score["shift"] = -float(scores.mean()) * score["scale"]
-    setattr(model.config, SCORE_KEY, score)
+    setattr(model.config, loading.SCORE_KEY, score)
     figures, plots = {}, {}
     for name, (data, length) in tests.items():
         if isinstance(data, PreferencePairs):

@@ -15,7 +15,9 @@ from transformers import AutoModelForSequenceClassification
 
 from heeler import RewardConfig, RewardTask, train_reward
 from heeler.data.preferences import load_preferences, split_by_prompt
-from heeler.policies.loading import load_tokenizer
+from heeler.policies.inputs import TokenInputs
+from heeler.policies.language_model import LanguageModelPolicy, SeparateCritic, TopLayers
+from heeler.policies.loading import load_causal_lm, load_tokenizer
 from heeler.rewards.classifier import ClassifierReward
 from heeler.rewards.specs import load_reward
 from heeler.train.reward import LabelledTexts, PreferencePairs, accuracy, calibration_error, train_reward_model
@@ -206,3 +208,26 @@ def test_long_pairs_are_compared_by_their_ends(encoder: str) -> None:
     same = [{"prompt": "the", "chosen": "good a film the", "rejected": "bad a film the"}]
     with pytest.raises(HeelerError, match="pair 1: the last 5 tokens of chosen and rejected are equal"):
         PreferencePairs(load_preferences(same, max_tokens=None), tokenizer, max_tokens=5)
+
+
+def test_a_critic_starts_from_the_reward_models_score(tmp_path: Path) -> None:
+    """Before training its value after the last token is the reward, normalisation included; and it is trained."""
+    policy = save_tiny_model(tmp_path / "policy", words=WORDS)
+    train_reward(task_of(policy, tmp_path / "rm", tokens=500), data=PAIRS, show=False)
+    lm = LanguageModelPolicy(
+        load_causal_lm(policy), trainable=TopLayers(layers=1), critic=SeparateCritic(model=str(tmp_path / "rm"))
+    )
+    tokenizer = load_tokenizer(policy)
+    texts = ["the good film", "a bad poor film the"]
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    inputs = TokenInputs(
+        tokens=torch.tensor([*ids[0], *ids[1]]),
+        lengths=torch.tensor([len(row) for row in ids]),
+        is_decision=torch.tensor([False, True, True, False, False, True, True, True]),
+    )
+    _, _, after = lm.score(inputs, last_values=True)
+    scores = load_reward(str(tmp_path / "rm"))(samples_of(["", ""], texts)).scores
+    torch.testing.assert_close(after, scores, atol=1e-4, rtol=1e-4)
+    lm.evaluate(inputs).values.sum().backward()
+    critic = lm.parameter_groups()[1]["params"]
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in critic[-2:])
