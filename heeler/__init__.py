@@ -9,9 +9,11 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from heeler.envs.vector import EnvConfig
     from heeler.policies.language_model import Full, LoRA, SeparateCritic, TopLayers, ValueHead
+    from heeler.policies.token_masks import OnlyTokens, WithoutTokens
     from heeler.ppo.advantages import AdvantageConfig
     from heeler.ppo.kl import AdaptiveKL, FixedKL
     from heeler.ppo.schedules import Schedule
+    from heeler.ppo.shaping import ScoreShaping
     from heeler.ppo.update import PPOConfig
     from heeler.train.control import GymConfig, load_gym_run, load_policy, resume_gym, train_gym
     from heeler.train.reward import RewardConfig
@@ -30,7 +32,9 @@ _HOMES = {
     "GymConfig": "heeler.train.control",
     "HeelerError": "heeler.types",
     "LoRA": "heeler.policies.language_model",
+    "OnlyTokens": "heeler.policies.token_masks",
     "PPOConfig": "heeler.ppo.update",
+    "ScoreShaping": "heeler.ppo.shaping",
     "RewardConfig": "heeler.train.reward",
     "RewardTask": "heeler.train.reward_run",
     "SFTConfig": "heeler.train.sft",
@@ -40,6 +44,7 @@ _HOMES = {
     "TextConfig": "heeler.train.text",
     "TopLayers": "heeler.policies.language_model",
     "ValueHead": "heeler.policies.language_model",
+    "WithoutTokens": "heeler.policies.token_masks",
     "load_gym_run": "heeler.train.control",
     "load_policy": "heeler.train.control",
     "load_text_run": "heeler.train.text",
