@@ -49,7 +49,7 @@ def load_preferences(
 ) -> list[Preference]:
     """Read preferences.
 
-    A row has `prompt`, `chosen`, `rejected` and perhaps `margin`. The sides continue a prompt of either kind as
+    A row has `chosen`, `rejected`, perhaps `margin`, and a `prompt` where the sides do not hold it already. The sides continue a prompt of either kind as
     strings, a prompt of messages also as messages. Without a prompt of messages the sides may be whole
     conversations: the messages that both begin with are then the prompt (and a `prompt` string is passed over).
 
@@ -221,7 +221,7 @@ def _preference(row: Mapping[str, Any], where: str) -> Preference:
     if chosen == rejected:
         raise HeelerError(f"{where}: chosen and rejected are equal: drop the row")
     if isinstance(chosen, str):
-        _need(row, "prompt", where)
+        prompt = "" if prompt is None else prompt
     elif not is_chat(prompt):
         shared = 0
         while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
@@ -232,8 +232,6 @@ def _preference(row: Mapping[str, Any], where: str) -> Preference:
                 ' prompt as messages under "prompt"'
             )
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    if isinstance(prompt, str) and not prompt.strip():
-        raise HeelerError(f"{where}: the prompt is empty")
     if not isinstance(prompt, str) and not is_chat(prompt):
         raise HeelerError(
             f'{where}: a prompt is a string or a list of messages with "role" and "content", not {repr(prompt)[:60]}'

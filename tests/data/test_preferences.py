@@ -57,7 +57,6 @@ def test_files(tmp_path: Path) -> None:
     [
         ({"chosen": None}, 'there is no "chosen" key'),
         ({"rejected": None}, 'there is no "rejected" key'),
-        ({"prompt": None}, 'there is no "prompt" key'),
         ({"chosen": " "}, "the chosen side is empty"),
         ({"rejected": ""}, "the rejected side is empty"),
         ({"rejected": []}, "the rejected side is empty"),
@@ -67,7 +66,6 @@ def test_files(tmp_path: Path) -> None:
         ({"chosen": [YO], "rejected": [NO]}, "do not begin alike, and it has no prompt of messages"),
         ({"chosen": [HI, YO], "rejected": [HI]}, "the rejected side is empty"),
         ({"chosen": [HI, {**YO, "content": None}], "rejected": [HI, NO]}, "content is not a string"),
-        ({"prompt": "  "}, "the prompt is empty"),
         ({"prompt": [7]}, "a prompt is a string or a list of messages"),
         ({"margin": math.inf}, "the margin inf is no finite number"),
         ({"margin": "nan"}, "the margin 'nan' is no finite number"),
@@ -170,3 +168,9 @@ def test_shares_and_seeds() -> None:
     for shares in ({}, {"a": 1.5}, {"a": 1.5, "b": -0.5}, {"a": 1.0, "b": 0.0}):
         with pytest.raises(HeelerError, match="must be positive and together 1"):
             split_by_prompt(prompts, shares)
+
+
+@pytest.mark.parametrize("row", [{}, {"prompt": ""}, {"prompt": None}])
+def test_whole_texts_need_no_prompt(row: dict[str, Any]) -> None:
+    preference = load_preferences([{**row, "chosen": "a good film", "rejected": "a bad film"}], max_tokens=None)[0]
+    assert (preference.prompt, preference.chosen, preference.rejected) == ("", "a good film", "a bad film")

@@ -1,0 +1,118 @@
+"""Recipes of several stages, on tiny models: they chain, they go on where they stopped, and nothing held out leaks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from heeler.data.questions import countries, country_questions
+from heeler.data.reasoning import reasoning_gym_prompts
+from heeler.recipes import rlhf, stages, tasks
+from heeler.train.sft import SFTConfig
+from heeler.train.text import TextConfig
+from heeler.types import HeelerError
+from tests.tiny import save_tiny_model
+
+
+@pytest.fixture
+def tiny_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The recipes' model is a tiny one with as many layers as they train, and a longer context."""
+    import transformers
+
+    folder = save_tiny_model(tmp_path / "model", layers=11, hidden=16, std=0.1)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.max_position_embeddings = 512
+    config.save_pretrained(folder)
+    for module in (tasks, rlhf):
+        monkeypatch.setattr(module, "smollm2_folder", lambda show=True: folder)
+    return folder
+
+
+def test_the_stages_chain_and_are_not_repeated(tiny_smollm2: str, tmp_path: Path, capsys: Any) -> None:
+    recipe = tasks.Arithmetic(out=str(tmp_path / "run"), examples=64, updates=1, eval_prompts=16, threads=1)
+    out = tasks.run_arithmetic(recipe)
+    summary = json.loads((out / "summary.json").read_text())
+    assert list(summary["stages"]) == ["base", "SFT", "SFT+PPO"]
+    assert all(0 <= figures["reward"] <= 1 for figures in summary["stages"].values())
+    assert summary["stages"]["SFT"] != summary["stages"]["base"]
+    assert "SFT+PPO" in capsys.readouterr().out
+    rows = {name: _prompts(out / "data" / f"{name}.jsonl") for name in ("solved", "prompts", "held_out")}
+    assert len(rows["solved"]) == 64 and len(rows["held_out"]) == 16
+    assert not set(rows["held_out"]) & (set(rows["solved"]) | set(rows["prompts"]))
+    trained = (out / "ppo" / "metrics.jsonl").read_text()
+    tasks.run_arithmetic(recipe)
+    assert (out / "ppo" / "metrics.jsonl").read_text() == trained
+    assert json.loads((out / "summary.json").read_text()) == summary
+
+
+def test_an_interrupted_stage_goes_on(tiny_smollm2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = tasks.Arithmetic(out=str(tmp_path / "parts"), examples=32, updates=1, eval_prompts=8, threads=1)
+    whole = tasks.run_arithmetic(replace(recipe, out=str(tmp_path / "whole")))
+
+    def interrupt(config: TextConfig, **kwargs: Any) -> Any:
+        def stop(report: Any) -> None:
+            raise KeyboardInterrupt
+
+        return train_text(config, on_update=stop, **kwargs)
+
+    train_text = stages.train_text
+    monkeypatch.setattr(stages, "train_text", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        tasks.run_arithmetic(recipe)
+    monkeypatch.undo()
+    for module in (tasks, rlhf):
+        monkeypatch.setattr(module, "smollm2_folder", lambda show=True: tiny_smollm2)
+    parts = tasks.run_arithmetic(recipe)
+    figures = [json.loads((folder / "summary.json").read_text())["stages"] for folder in (whole, parts)]
+    assert figures[0] == figures[1]
+
+
+def test_a_folder_that_is_no_run_is_refused(tiny_smollm2: str, tmp_path: Path) -> None:
+    (tmp_path / "run" / "sft").mkdir(parents=True)
+    with pytest.raises(HeelerError, match="exists and is no run that could go on"):
+        stages.sft_stage(SFTConfig(model=tiny_smollm2, data="x.jsonl", out=str(tmp_path / "run" / "sft")))
+
+
+def test_answers_of_reasoning_gym_are_taken_from_the_first_line() -> None:
+    from heeler.rewards.specs import load_reward
+    from tests.tiny import samples_of
+
+    reward = load_reward(tasks.FIRST_LINE)
+    for task, (options, _) in tasks.TASKS.items():
+        row = reasoning_gym_prompts(task, 1, seed=3, **options)[0]
+        texts = [f" {row['answer']}", f" {row['answer']}\nThe next line", "", " something else"]
+        columns = {name: [row[name]] * 4 for name in ("answer", "task", "entry")}
+        assert reward(samples_of([row["prompt"]] * 4, texts, **columns)).scores.tolist()[:3] == [1.0, 1.0, 0.0]
+
+
+def test_questions_on_countries() -> None:
+    """Countries are split, both parts ask everything, and the answers are the package's."""
+    known, held_out = country_questions(held_out=False), country_questions(held_out=True)
+    assert {r["country"] for r in known} & {r["country"] for r in held_out} == set()
+    assert len(known) + len(held_out) == 6 * len(countries()) > 1000 and 0.2 < len(held_out) / len(known) < 0.7
+    france = [r for r in [*known, *held_out] if r["country"] == "France"]
+    assert {r["answer"] for r in france} == {"Paris", "Europe", "French"}
+    assert {"prompt": "What is the capital of France?\nAnswer:", "answer": "Paris"}.items() <= france[0].items()
+
+
+def test_qa_and_rlhf_run_end_to_end(tiny_smollm2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "country_questions", lambda held_out: country_questions(held_out)[:24])
+    out = tasks.run_qa(tasks.QA(out=str(tmp_path / "qa"), updates=1, threads=1))
+    assert json.loads((out / "summary.json").read_text())["stages"]["SFT+PPO"]["exact"] <= 1
+    monkeypatch.setattr(rlhf, "imdb_reward_model", lambda show=True: (tmp_path / "judge", {}))
+    monkeypatch.setattr(rlhf, "sentiment", lambda prompts, completions, **columns: [0.5] * len(prompts))
+    rlhf._base.cache_clear()
+    recipe = rlhf.RLHF(out=str(tmp_path / "rl"), examples=40, pairs=40, updates=1, eval_prompts=8, threads=1)
+    out = rlhf.run_rlhf(recipe, show=False)
+    summary = json.loads((out / "summary.json").read_text())
+    assert {"sentiment", "nats", "vader", "words"} <= summary["stages"]["SFT"].keys()
+    assert 0 <= summary["reward_model"]["accuracy"] <= 1
+    rlhf._base.cache_clear()
+
+
+def _prompts(file: Path) -> list[str]:
+    return [json.loads(line)["prompt"] for line in file.read_text().splitlines()]
