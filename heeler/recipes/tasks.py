@@ -100,7 +100,10 @@ def run_qa(recipe: QA, show: bool = True) -> Path:
 
 
 def _asked(question: str) -> str:
-    return question if question.endswith("=") else f"{question.strip()}\nAnswer:"
+    """The question as it is put: of a sum only the sum, since its sentence is the same each time."""
+    if question.endswith("="):
+        return question.rpartition(": ")[2]
+    return f"{question.strip()}\nAnswer:"
 
 
 def _distinct(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -148,10 +151,10 @@ def _train(
         samples_per_prompt=2,
         sampling=Sampling(max_new_tokens=answer_tokens),
         trainable=TopLayers(layers=10),
-        kl=FixedKL(coef=0.02),
-        lr=1e-4,
-        critic_lr=2e-3,
-        lr_schedule=Schedule(shape="linear", end=0.1),
+        kl=FixedKL(coef=0.01),
+        lr=3e-5,
+        critic_lr=1e-3,
+        lr_schedule=Schedule(shape="linear", warmup=3, end=0.1),
         advantage=AdvantageConfig(gamma=1.0, lam=1.0),
         ppo=PPOConfig(epochs=2, minibatches=2),
     )

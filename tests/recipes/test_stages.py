@@ -99,6 +99,7 @@ def test_questions_on_countries() -> None:
     assert {"prompt": "What is the capital of France?\nAnswer:", "answer": "Paris"}.items() <= france[0].items()
 
 
+@pytest.mark.slow
 def test_qa_and_rlhf_run_end_to_end(tiny_smollm2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "country_questions", lambda held_out: country_questions(held_out)[:24])
     out = tasks.run_qa(tasks.QA(out=str(tmp_path / "qa"), updates=1, threads=1))
