@@ -50,8 +50,9 @@ def load_preferences(
     """Read preferences.
 
     A row has `chosen`, `rejected`, perhaps `margin`, and a `prompt` where the sides do not hold it already. The sides
-    continue a prompt of either kind as strings, a prompt of messages also as messages. Without a prompt of messages the sides may be whole
-    conversations: the messages that both begin with are then the prompt (and a `prompt` string is passed over).
+    continue a prompt of either kind as strings, a prompt of messages also as messages. Without a prompt of messages the
+    sides may be whole conversations: the messages that both begin with are then the prompt (and a `prompt` string is
+    passed over).
 
     Args:
         source: what `read_rows` reads, or a list of rows.
