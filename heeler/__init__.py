@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from heeler.envs.text import TextStep
     from heeler.envs.vector import EnvConfig
     from heeler.policies.language_model import Full, LoRA, SeparateCritic, TopLayers, ValueHead
     from heeler.policies.token_masks import OnlyTokens, WithoutTokens
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from heeler.ppo.shaping import ScoreShaping
     from heeler.ppo.update import PPOConfig
     from heeler.train.control import GymConfig, load_gym_run, load_policy, resume_gym, train_gym
+    from heeler.train.dialogue import DialogueConfig, load_dialogue_run, resume_dialogue, train_dialogue
     from heeler.train.reward import RewardConfig
     from heeler.train.reward_run import RewardTask, train_reward
     from heeler.train.sft import SFTConfig, resume_sft, train_sft
@@ -26,6 +28,7 @@ _HOMES = {
     "AdaptiveKL": "heeler.ppo.kl",
     "AdvantageConfig": "heeler.ppo.advantages",
     "CheckFailed": "heeler.types",
+    "DialogueConfig": "heeler.train.dialogue",
     "EnvConfig": "heeler.envs.vector",
     "FixedKL": "heeler.ppo.kl",
     "Full": "heeler.policies.language_model",
@@ -42,15 +45,19 @@ _HOMES = {
     "Schedule": "heeler.ppo.schedules",
     "SeparateCritic": "heeler.policies.language_model",
     "TextConfig": "heeler.train.text",
+    "TextStep": "heeler.envs.text",
     "TopLayers": "heeler.policies.language_model",
     "ValueHead": "heeler.policies.language_model",
     "WithoutTokens": "heeler.policies.token_masks",
+    "load_dialogue_run": "heeler.train.dialogue",
     "load_gym_run": "heeler.train.control",
     "load_policy": "heeler.train.control",
     "load_text_run": "heeler.train.text",
+    "resume_dialogue": "heeler.train.dialogue",
     "resume_gym": "heeler.train.control",
     "resume_sft": "heeler.train.sft",
     "resume_text": "heeler.train.text",
+    "train_dialogue": "heeler.train.dialogue",
     "train_gym": "heeler.train.control",
     "train_reward": "heeler.train.reward_run",
     "train_sft": "heeler.train.sft",

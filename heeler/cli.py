@@ -15,6 +15,8 @@ HELP = """heeler: PPO for language models, control and games
   heeler ppo imdb                       a real 135M model learns to continue movie reviews positively
   heeler ppo lm --model M --prompts F --reward module:function
                                         your model, your prompts, your reward
+  heeler ppo dialogue --model M --prompts F --env module:Name
+                                        episodes of several turns, with tools or any environment of texts
   heeler ppo gym --env ID               any Gymnasium environment, or yours: --env module:Name
   heeler ppo cartpole                   tuned recipes: acrobot, mountaincar, pendulum, lunarlander,
                                         lunarlander-continuous, bipedalwalker, halfcheetah, hopper, walker2d, ant,
@@ -37,7 +39,7 @@ CONTROL = (
     "cartpole", "acrobot", "mountaincar", "pendulum", "lunarlander", "lunarlander-continuous", "bipedalwalker",
     "halfcheetah", "hopper", "walker2d", "ant", "swimmer", "pong", "breakout",
 )  # fmt: skip
-RECIPES = ("imdb", "lm", "arithmetic", "qa", "gym", *CONTROL)
+RECIPES = ("imdb", "lm", "dialogue", "arithmetic", "qa", "gym", *CONTROL)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -108,6 +110,10 @@ def _ppo(words: list[str]) -> int:
         from heeler.recipes.imdb import IMDB, run_imdb
 
         run = run_imdb(_parse(IMDB, rest, "heeler ppo imdb"))
+    elif recipe == "dialogue":
+        from heeler.train.dialogue import DialogueConfig, train_dialogue
+
+        run = train_dialogue(_parse(DialogueConfig, rest, "heeler ppo dialogue"))
     else:
         from heeler.train.text import TextConfig, train_text
 
@@ -287,6 +293,11 @@ def _resume(words: list[str]) -> int:
 
         print_gym_report(resume_gym(path, updates=chosen.updates))
         return 0
+    if verb == "ppo dialogue":
+        from heeler.train.dialogue import resume_dialogue
+
+        _report(resume_dialogue(path, updates=chosen.updates))
+        return 0
     from heeler.train.text import resume_text
 
     _report(resume_text(path, updates=chosen.updates))
@@ -322,13 +333,16 @@ class Eval:
 def _eval(words: list[str]) -> int:
     path, rest = _positional(words, "eval", "a run folder")
     chosen = _parse(Eval, rest, "heeler eval RUN")
-    if _verb(path) == "ppo gym":
+    verb = _verb(path)
+    if verb == "ppo gym":
         return _eval_gym(path, chosen)
     from heeler.runtime.runs import write_json
+    from heeler.train.dialogue import load_dialogue_run
     from heeler.train.report import figures_table
     from heeler.train.text import load_text_run
 
-    run = load_text_run(path, eval_prompts=None if chosen.prompts is None else _rows(chosen.prompts))
+    load = load_dialogue_run if verb == "ppo dialogue" else load_text_run
+    run = load(path, eval_prompts=None if chosen.prompts is None else _rows(chosen.prompts))
     evaluation = run.evaluate(show=True)
     assert run.folder is not None
     write_json(run.folder.path / "eval.json", {"step": run.state.step, **evaluation.figures})

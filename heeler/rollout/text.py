@@ -80,6 +80,10 @@ class TextCollector:
         mine = [pair for k, pair in enumerate(pairs) if (k // n) % self.reduce.world_size == self.reduce.rank]
         indices, samples = [index for index, _ in mine], [sample for _, sample in mine]
         seeds = [draw_seed(self.seed, step, i, s) for i, s in zip(indices, samples, strict=True)]
+        return self.sample(indices, samples, seeds)
+
+    def sample(self, indices: Sequence[int], samples: Sequence[int], seeds: Sequence[int]) -> Rollout:
+        """The rollout of these prompts; `samples` number the completions of one prompt, `seeds` are their draws'."""
         return sample_rollout(
             self.engine, self.tokenizer, self.prompts, indices, samples, seeds, self.sampling, self.device
         )
@@ -131,14 +135,20 @@ def samples_of(rollout: Rollout) -> Samples:
     )
 
 
-def decode(tokenizer: Any, completion: Completion) -> str:
-    """The text of a completion, without its end-of-sequence token, up to the stop string that ended it."""
+def decode(tokenizer: Any, completion: Completion, *, keep_stop: bool = False) -> str:
+    """The text of a completion, without its end-of-sequence token, up to the stop string that ended it.
+
+    With `keep_stop` that string is the end of the text. What its last token holds beyond it is left out in any case.
+    """
     tokens = list(completion.tokens)
     if completion.finish_reason == "stop" and completion.stop_string is None:
         tokens = tokens[:-1]
     text = tokenizer.decode(tokens, skip_special_tokens=True)
-    cut = -1 if completion.stop_string is None else text.rfind(completion.stop_string)
-    return text if cut < 0 else text[:cut]
+    stop = completion.stop_string
+    cut = -1 if stop is None else text.rfind(stop)
+    if stop is None or cut < 0:
+        return text
+    return text[: cut + len(stop)] if keep_stop else text[:cut]
 
 
 def pack(prompts: Sequence[Sequence[int]], completions: Sequence[Completion], device: torch.device) -> TokenInputs:

@@ -14,13 +14,10 @@ from typing import Any
 
 import torch
 
-from heeler.data.prompts import PromptSet
 from heeler.policies.inputs import TokenInputs
 from heeler.policies.language_model import LanguageModelPolicy
 from heeler.ppo.minibatches import budgeted_microbatches
-from heeler.rollout.engines.draws import draw_seed
-from heeler.rollout.text import sample_rollout, samples_of
-from heeler.types import Engine, Reward, Sampling
+from heeler.types import Reward, RewardOutput, Rollout, Samples
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,19 +58,22 @@ def duplicates(texts: Sequence[str]) -> float:
 @torch.no_grad()
 def evaluate_text(
     policy: LanguageModelPolicy,
-    engine: Engine,
-    tokenizer: Any,
-    prompts: PromptSet,
-    reward: Reward,
+    rollout: Rollout,
+    samples: Samples,
+    scored: RewardOutput,
     judges: Mapping[str, Reward],
-    sampling: Sampling,
     *,
-    seed: int,
     token_budget: int,
 ) -> Evaluation:
-    """Sample one completion for every prompt with the published weights and measure it.
+    """Measure a rollout of held-out prompts.
 
-    The draws depend on the seed and the prompt only, so before and after differ by the policy alone.
+    Args:
+        policy: that sampled it.
+        rollout: one completion, or one episode, for each prompt.
+        samples: what judges see of it.
+        scored: what the reward said of it.
+        judges: independent scorers by name.
+        token_budget: tokens of a forward pass.
 
     Returns:
         figures: `reward` (the probability where the reward model gives one, else the score), `reward_score`, one
@@ -81,24 +81,19 @@ def evaluate_text(
         `distinct_2` (over all completions together), `distinct_2_within` (within each), `duplicates`, `length`
         (tokens), `truncated_fraction`, `kl/ref` (nats a sequence).
     """
-    indices = list(range(len(prompts)))
-    seeds = [draw_seed(seed, 0xE7A1, i) for i in indices]
-    rollout = sample_rollout(engine, tokenizer, prompts, indices, [0] * len(indices), seeds, sampling, policy.device)
     inputs = rollout.inputs
     assert isinstance(inputs, TokenInputs)
     kl, nll = 0.0, 0.0
-    for items in budgeted_microbatches(torch.arange(len(indices)), inputs.costs.cpu(), token_budget):
+    for items in budgeted_microbatches(torch.arange(len(inputs.lengths)), inputs.costs.cpu(), token_budget):
         output, ref_logprobs, _ = policy.score(inputs.select(items.to(inputs.lengths.device)))
         kl += float((output.logprobs - ref_logprobs).double().sum())
         nll -= float(ref_logprobs.double().sum())
-    given = samples_of(rollout)
-    scored = reward(given)
     shown = scored.components.get("probability", scored.scores)
-    count, tokens = len(indices), len(rollout.actions)
+    count, tokens = len(rollout.terminated), len(rollout.actions)
     figures = {
         "reward": float(shown.mean()),
         "reward_score": float(scored.scores.mean()),
-        **{name: float(judge(given).scores.mean()) for name, judge in judges.items()},
+        **{name: float(judge(samples).scores.mean()) for name, judge in judges.items()},
         "perplexity": math.exp(min(nll / tokens, 50.0)),
         "distinct_2": corpus_distinct(rollout.completions, 2),
         "distinct_2_within": distinct(rollout.completions, 2),

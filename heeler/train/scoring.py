@@ -12,7 +12,6 @@ from heeler.ppo.kl import kl_estimate, next_kl_coef
 from heeler.ppo.minibatches import budgeted_microbatches, decision_indices
 from heeler.ppo.moments import moments, whiten
 from heeler.ppo.shaping import segment_sums, segment_weights, shape_rewards
-from heeler.rollout.text import samples_of
 from heeler.runtime.reduce import LocalReduce
 from heeler.train.ppo import TrainState
 from heeler.types import CheckFailed, HeelerError, Rollout, ScoredRollout
@@ -32,7 +31,7 @@ def make_score(run: TextRun) -> Callable[[Rollout, TrainState], tuple[ScoredRoll
     def score(rollout: Rollout, state: TrainState) -> tuple[ScoredRollout, dict[str, float]]:
         inputs = rollout.inputs
         assert isinstance(inputs, TokenInputs)
-        output = run.reward(samples_of(rollout))
+        output = run.judge(rollout)
         device = rollout.behavior_logprobs.device
         scores = output.scores.to(device)
         if not bool(torch.isfinite(scores).all()):
@@ -72,9 +71,8 @@ def make_score(run: TextRun) -> Callable[[Rollout, TrainState], tuple[ScoredRoll
         check_paths(gap, old - ref, state.step, tolerance)
         cut = rollout.truncated
         nothing = torch.zeros_like(cut)
-        rewards = shape_rewards(
-            paid, token_rewards, kl, state.kl_coef, rollout.offsets, cut if bootstrapping else nothing
-        )
+        withheld = cut if bootstrapping and run.rewards_are_scores else nothing
+        rewards = shape_rewards(paid, token_rewards, kl, state.kl_coef, rollout.offsets, withheld)
         weights = segment_weights(
             rollout.offsets, cut if config.truncation == "drop" else nothing, config.loss_weighting
         )
@@ -99,6 +97,7 @@ def make_score(run: TextRun) -> Callable[[Rollout, TrainState], tuple[ScoredRoll
             "completion/length": float(moments(rollout.offsets.diff().float(), ones, reduce)[0]),
             "completion/truncated_fraction": float(moments(cut.float(), ones, reduce)[0]),
             "engine/logprob_gap": float(gap.mean()),
+            **{name: float(moments(x.float(), ones, reduce)[0]) for name, x in run.episode_figures(rollout).items()},
         }
         state.kl_coef = next_kl_coef(config.kl, state.kl_coef, mean_kl, len(scores) * reduce.world_size)
         return scored, metrics

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 import tyro
@@ -28,9 +28,10 @@ from heeler.ppo.update import PPOConfig
 from heeler.rewards.functions import FunctionReward, RewardFunction
 from heeler.rewards.http import HTTPReward
 from heeler.rewards.specs import load_judges, load_reward
+from heeler.rollout.engines.draws import draw_seed
 from heeler.rollout.engines.hf import HFEngine
 from heeler.rollout.engines.native import NativeEngine
-from heeler.rollout.text import TextCollector
+from heeler.rollout.text import TextCollector, sample_rollout, samples_of
 from heeler.runtime import machine
 from heeler.runtime.configs import from_json
 from heeler.runtime.progress import progress
@@ -40,7 +41,7 @@ from heeler.train.evaluate import Evaluation, evaluate_text
 from heeler.train.ppo import Score, TrainState, UpdateReport
 from heeler.train.run import Run, begin, default_out, new_folder, restore, resume
 from heeler.train.scoring import make_score
-from heeler.types import Engine, HeelerError, Reward, Sampling
+from heeler.types import Engine, HeelerError, Reward, RewardOutput, Rollout, Samples, Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,12 +129,17 @@ class TextConfig:
     samples_logged: int = 4
 
 
+ConfigT = TypeVar("ConfigT", bound=TextConfig)
+RunT = TypeVar("RunT", bound="TextRun")
+
+
 @dataclass(kw_only=True)
 class TextRun(Run):
     """A run on a language model: everything that training, evaluation and sampling share."""
 
     verb = "ppo lm"
     rollouts_are_pure = True  # prompts and draws are functions of the seed and the update
+    rewards_are_scores = True  # a cut completion was scored as a whole: `bootstrap` withholds that score
 
     config: TextConfig
     tokenizer: Any
@@ -156,6 +162,26 @@ class TextRun(Run):
 
     def score(self) -> Score:
         return make_score(self)
+
+    def rollout(self, prompts: PromptSet, seeds: Sequence[int]) -> Rollout:
+        """One completion of each prompt by the published weights; `seeds` are their draws'."""
+        indices = list(range(len(prompts)))
+        return sample_rollout(
+            self.engine, self.tokenizer, prompts, indices, [0] * len(indices), seeds, self.config.sampling,
+            self.policy.device,
+        )  # fmt: skip
+
+    def samples_of(self, rollout: Rollout) -> Samples:
+        """What rewards and judges see of a rollout."""
+        return samples_of(rollout)
+
+    def judge(self, rollout: Rollout) -> RewardOutput:
+        """The rewards of a rollout, before any shaping."""
+        return self.reward(self.samples_of(rollout))
+
+    def episode_figures(self, rollout: Rollout) -> dict[str, torch.Tensor]:
+        """Further figures of a rollout, `[S]` each, of which means are logged and evaluated."""
+        return {}
 
     def can_evaluate(self) -> bool:
         return self.eval_prompts is not None
@@ -213,33 +239,34 @@ class TextRun(Run):
         if self.eval_prompts is None:
             raise HeelerError("the run has no evaluation prompts: give a file of prompts")
         self.publish()
-        total = len(self.eval_prompts) * self.config.sampling.max_new_tokens
+        total = len(self.eval_prompts) * self.most_tokens()
         bar = progress(total, "evaluating", "token", show=show)
         if isinstance(self.engine, NativeEngine):
             self.engine.on_progress = bar.update
         try:
-            return evaluate_text(
-                self.policy, self.engine, self.tokenizer, self.eval_prompts, self.reward, self.judges,
-                self.config.sampling, seed=self.config.seed, token_budget=self.config.ppo.token_budget,
+            # the draws depend on the seed and the prompt only, so before and after differ by the policy alone
+            seeds = [draw_seed(self.config.seed, 0xE7A1, i) for i in range(len(self.eval_prompts))]
+            rollout = self.rollout(self.eval_prompts, seeds)
+            evaluation = evaluate_text(
+                self.policy, rollout, self.samples_of(rollout), self.judge(rollout), self.judges,
+                token_budget=self.config.ppo.token_budget,
             )  # fmt: skip
+            evaluation.figures.update({k: float(x.float().mean()) for k, x in self.episode_figures(rollout).items()})
+            return evaluation
         finally:
             bar.close()
             if isinstance(self.engine, NativeEngine):
                 self.engine.on_progress = None
 
+    def most_tokens(self) -> int:
+        """Tokens that are sampled for a prompt at most."""
+        return self.config.sampling.max_new_tokens
+
     def sample(self, *prompts: Any, seed: int = 0) -> list[str]:
         """Completions of strings or chats by the policy as it is now."""
-        from heeler.rollout.engines.draws import draw_seed
-        from heeler.rollout.text import sample_rollout
-
         self.publish()
         loaded = load_prompts(list(prompts), self.tokenizer, max_tokens=None)
-        indices = list(range(len(loaded)))
-        seeds = [draw_seed(seed, i) for i in indices]
-        rollout = sample_rollout(
-            self.engine, self.tokenizer, loaded, indices, [0] * len(indices), seeds, self.config.sampling,
-            self.policy.device,
-        )  # fmt: skip
+        rollout = self.rollout(loaded, [draw_seed(seed, i) for i in range(len(loaded))])
         return list(rollout.completions)
 
 
@@ -405,9 +432,20 @@ def load_text_run(
     updates: int | None = None,
 ) -> TextRun:
     """Assemble a run from its folder and put it into the state of its last checkpoint."""
+
+    def build(config: TextConfig) -> TextRun:
+        return build_text_run(config, prompts=prompts, eval_prompts=eval_prompts, reward=reward)
+
+    return load_run(path, TextConfig, build, updates)
+
+
+def load_run(
+    path: str | Path, kind: type[ConfigT], build: Callable[[ConfigT], RunT], updates: int | None = None
+) -> RunT:
+    """Assemble the run of a folder whose config is a `kind`, in the state of its last checkpoint."""
     folder = RunFolder.open(path)
     saved = folder.read_config()
-    config: TextConfig = from_json(TextConfig, saved["config"], str(folder.path / "config.json"))
+    config: ConfigT = from_json(kind, saved["config"], str(folder.path / "config.json"))
     resolved = saved["resolved"]
     config = replace(
         config,
@@ -416,7 +454,7 @@ def load_text_run(
         threads=resolved["threads"],
         updates=updates or config.updates,
     )
-    run = build_text_run(config, prompts=prompts, eval_prompts=eval_prompts, reward=reward)
+    run = build(config)
     restore(run, folder)
     return run
 
