@@ -195,6 +195,25 @@ def test_draws_are_made_of_seed_update_prompt_sample_and_turn() -> None:
         assert [r.seed for r in call] == [draw_seed(draw_seed(11, 4, i, s), turn) for i, s in keys]
 
 
+def test_the_environment_gets_its_row_and_the_episodes_seed() -> None:
+    rows: list[dict[str, Any]] = []
+
+    def seeded(prompt: str, level: int, seed: int) -> Scripted:
+        rows.append({"prompt": prompt, "level": level, "seed": seed})
+        return Scripted(prompt, [""], [0.0])
+
+    prompts = load_prompts([{"prompt": "a", "level": 1}, {"prompt": "b", "level": 2}], TOKENIZER, max_tokens=None)
+    roll(Script({"a": ["x"], "b": ["x"]}), prompts, dialogue(seeded))
+    assert rows == [
+        {"prompt": "a", "level": 1, "seed": draw_seed(5, 0, 0, 0)},
+        {"prompt": "b", "level": 2, "seed": draw_seed(5, 0, 1, 0)},
+    ]
+    rows.clear()
+    own = load_prompts([{"prompt": "a", "level": 1, "seed": 42}], TOKENIZER, max_tokens=None)
+    roll(Script({"a": ["x"]}), own, dialogue(seeded))
+    assert rows[0]["seed"] == 42  # a column of that name is the row's own
+
+
 def test_rewards_lie_on_the_last_token_of_their_turn_and_none_is_lost() -> None:
     rows = [
         {"observations": ["o", "o"], "rewards": [0.5, -1.0]},
