@@ -9,6 +9,9 @@ A row is one of four kinds, recognised by its columns in this order; all rows of
 | `messages` | every turn of the assistant |
 | `text` | everything |
 
+An encoder-decoder model reads the prompt in its encoder and learns the completion, so its rows are of the first two
+kinds, with one turn to learn.
+
 The tokens of a prompt are those that PPO feeds later (`tokenize_prompt`). What the model learns is tokenised apart
 from what stands before it, as it is sampled apart from it, so no token straddles the two.
 """
@@ -49,6 +52,7 @@ def load_examples(
     name: str | None = None,
     eos: bool = True,
     too_long: Literal["error", "drop"] = "error",
+    seq2seq: bool = False,
 ) -> list[Example]:
     """Read and tokenise examples.
 
@@ -59,10 +63,13 @@ def load_examples(
         name: what to call the rows in messages.
         eos: end each sequence with the end of sequence, where it does not end so already; it is a target.
         too_long: what to do with longer sequences; "drop" logs how many there were.
+        seq2seq: the model is an encoder-decoder: completions are tokenised as the tokenizer's targets, and `max_tokens`
+            limits prompt and completion each.
 
     Raises:
         HeelerError: no rows, missing columns, rows of different kinds, nothing to learn in a row, a sequence too
-            long, a chat template whose renderings do not continue each other.
+            long, a chat template whose renderings do not continue each other; with `seq2seq`, a row that is not one
+            prompt and one completion.
     """
     rows, name = named_rows(source, name)
     if eos and tokenizer.eos_token_id is None:
@@ -76,8 +83,16 @@ def load_examples(
         kind = _kind(row, where)
         if kind != first_kind:
             raise HeelerError(f"{where}: it holds {kind}, but row 1 holds {first_kind}: make all rows of one kind")
-        example = _example(row, tokenizer, where, eos)
+        example = _example(row, tokenizer, where, eos, seq2seq)
         length = len(example.tokens)
+        if seq2seq:
+            source = example.is_target.index(True)
+            if source == 0 or not all(example.is_target[source:]):
+                raise HeelerError(
+                    f"{where}: it holds {kind}, but an encoder-decoder model learns one completion of one prompt: give"
+                    ' rows with "prompt" and "completion"'
+                )
+            length = max(source, length - source)
         if max_tokens is None or length <= max_tokens:
             examples.append(example)
         elif too_long == "error":
@@ -110,7 +125,7 @@ def _kind(row: Mapping[str, Any], where: str) -> str:
     )
 
 
-def _example(row: Mapping[str, Any], tokenizer: Any, where: str, eos: bool) -> Example:
+def _example(row: Mapping[str, Any], tokenizer: Any, where: str, eos: bool, seq2seq: bool) -> Example:
     if row.get("prompt") is not None and row.get("completion") is not None:
         prompt, completion = row["prompt"], row["completion"]
         if not isinstance(prompt, str):
@@ -125,7 +140,8 @@ def _example(row: Mapping[str, Any], tokenizer: Any, where: str, eos: bool) -> E
             return _conversation([*prompt, *answer], len(prompt), tokenizer, where, eos)
         ids = tokenize_prompt(prompt, tokenizer, where)
         learnt = _checked_text(completion, "completion", where)
-        return _with_eos(ids, tokenizer(learnt, add_special_tokens=False)["input_ids"], tokenizer, eos)
+        text = {"text_target" if seq2seq else "text": learnt}  # Marian's targets have a vocabulary of their own
+        return _with_eos(ids, tokenizer(**text, add_special_tokens=False)["input_ids"], tokenizer, eos)
     if row.get("messages") is not None:
         if not is_chat(row["messages"]):
             raise HeelerError(

@@ -86,7 +86,8 @@ Trainable = Full | TopLayers | LoRA
 Critic = ValueHead | SeparateCritic
 
 
-def _value_network(hidden_size: int) -> nn.Module:
+def value_network(hidden_size: int) -> nn.Module:
+    """Hidden states `[..., hidden_size]` to values `[..., 1]`, 0 at first."""
     network = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, 1))
     nn.init.zeros_(network[2].weight)  # pyright: ignore
     nn.init.zeros_(network[2].bias)  # pyright: ignore
@@ -277,7 +278,7 @@ class LanguageModelPolicy:
             if scores is not None:
                 self.value_network = scores
                 return
-        self.value_network = _value_network(hidden_size).to(self.device)
+        self.value_network = value_network(hidden_size).to(self.device)
 
     def _foreign_critic(self, path: str) -> tuple[Any, nn.Linear | None]:
         """The layers of another model, and the head of its score where it is a reward model with one."""
@@ -379,13 +380,18 @@ class LanguageModelPolicy:
             )
             return logprobs, entropy, hidden
         output = model(input_ids=rows.ids, **self._apart(rows), use_cache=False, output_hidden_states=True)
-        logits = output.logits[rows.rows, rows.columns].float()
+        logprobs, entropy = self._by_softmax(output.logits[rows.rows, rows.columns], rows.tokens)
+        return logprobs, entropy, output.hidden_states[-1]
+
+    def _by_softmax(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """`(logprobs [n], entropy [n])` of `tokens [n]` under a model's own logits `[n, V]`."""
+        logits = logits.float()
         if self.token_bias is not None:
             logits = logits + self.token_bias
         logp = (logits / self.temperature).log_softmax(-1)
-        logprobs = logp.gather(1, rows.tokens[:, None])[:, 0]
+        logprobs = logp.gather(1, tokens[:, None])[:, 0]
         entropy = -(logp.exp() * logp).sum(-1)
-        return logprobs, entropy if self.entropy_gradient else entropy.detach(), output.hidden_states[-1]
+        return logprobs, entropy if self.entropy_gradient else entropy.detach()
 
     def _biased(self, bias: Tensor | None) -> Tensor | None:
         if bias is None or self.token_bias is None:
@@ -471,7 +477,7 @@ class LanguageModelPolicy:
 
     @torch.no_grad()
     def export_model(self) -> Any:
-        """A plain causal LM in float32 with the trained weights, adapters merged."""
+        """A plain transformers model in float32 with the trained weights, adapters merged."""
         exported = copy.deepcopy(self.engine_model).float()
         exported.generation_config = copy.deepcopy(self.model.generation_config)
         parameters = dict(exported.named_parameters(remove_duplicate=False))

@@ -60,6 +60,55 @@ def load_causal_lm(path: str) -> Any:
     return model.eval()
 
 
+def load_seq2seq_lm(path: str) -> Any:
+    """Any encoder-decoder LM that transformers' AutoModelForSeq2SeqLM loads, in float32, dropout off."""
+    require("transformers", "lm")
+    import torch
+    from transformers import AutoModelForSeq2SeqLM
+
+    quiet_transformers()
+    path = model_folder(path)
+    try:
+        model = AutoModelForSeq2SeqLM.from_pretrained(path, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise HeelerError(_not_loadable("encoder-decoder language model", path, error)) from error
+    return model.eval()
+
+
+def is_seq2seq(path: str) -> bool:
+    """Whether the config at `path` is an encoder-decoder model's; False where there is no config to read."""
+    require("transformers", "lm")
+    from transformers import AutoConfig
+
+    quiet_transformers()
+    try:
+        config = AutoConfig.from_pretrained(model_folder(path))
+    except (OSError, ValueError):
+        return False
+    return bool(getattr(config, "is_encoder_decoder", False))
+
+
+def load_language_model(path: str) -> Any:
+    """The causal or the encoder-decoder LM, whichever the config says, in float32, dropout off."""
+    return load_seq2seq_lm(path) if is_seq2seq(path) else load_causal_lm(path)
+
+
+def decoder_start_id(model: Any) -> int:
+    """The token that an encoder-decoder model's decoder reads first.
+
+    Raises:
+        HeelerError: neither the config nor the generation config says.
+    """
+    for config in (model.config, getattr(model, "generation_config", None)):
+        start = getattr(config, "decoder_start_token_id", None)
+        if start is not None:
+            return int(start)
+    raise HeelerError(
+        f"{type(model).__name__} does not say what its decoder starts from: set decoder_start_token_id in its"
+        " config.json"
+    )
+
+
 def load_classifier(path: str, num_labels: int | None = None) -> Any:
     """A sequence classifier in float32, dropout off."""
     require("transformers", "lm")
@@ -119,6 +168,37 @@ def context_length(model: Any) -> int | None:
     """Tokens that the model's positions allow, or None where its config does not say."""
     length = getattr(model.config, "max_position_embeddings", None) or getattr(model.config, "n_positions", None)
     return int(length) if length else None
+
+
+def prompt_room(model: Any, max_new_tokens: int) -> int | None:
+    """Tokens that a prompt may have beside a completion of `max_new_tokens`, or None where nothing limits them.
+
+    An encoder-decoder model reads prompts and writes completions at positions of their own, and T5 has none to
+    run out of.
+
+    Raises:
+        HeelerError: the completion does not fit the decoder's positions.
+    """
+    if not model.config.is_encoder_decoder:
+        context = context_length(model)
+        return None if context is None else context - max_new_tokens
+    source, target = seq2seq_lengths(model)
+    if target is not None and max_new_tokens > target:
+        raise HeelerError(
+            f"completions of up to {max_new_tokens} tokens do not fit the decoder, which has {target} positions: allow"
+            " fewer new tokens"
+        )
+    return source
+
+
+def seq2seq_lengths(model: Any) -> tuple[int | None, int | None]:
+    """Tokens that encoder and decoder have positions for, None where they are not limited."""
+    config = model.config
+    both = getattr(config, "max_position_embeddings", None)
+    return (
+        getattr(config, "max_encoder_position_embeddings", both),
+        getattr(config, "max_decoder_position_embeddings", both),
+    )
 
 
 def convert_gguf(folder: Path, gguf_file: str, destination: Path) -> None:

@@ -8,6 +8,7 @@
 | `module:function` | `FunctionReward` |
 | `http://HOST:PORT` | `HTTPReward`, a server that must answer now |
 | `exact-match`, `f1(column=answers)`, `regex(^yes)`, `json-schema(file.json)`, `math`, `reasoning-gym` | verifiers |
+| `chrf(column=answer)`, `bleu(column=answer)` | sentence scores of translations |
 | `eos-penalty(1.0)`, `length(free=32, per-token=0.01)`, `repetition(3)`, `overlong(limit=64, buffer=16)` | shaping |
 | `vader` | the judge |
 
@@ -32,7 +33,16 @@ from heeler.rewards.classifier import ClassifierReward
 from heeler.rewards.functions import FunctionReward
 from heeler.rewards.http import HTTPReward
 from heeler.rewards.shaping import EOSPenalty, LengthReward, Overlong, Repetition
-from heeler.rewards.verifiers import ExactMatch, JSONSchema, MathAnswer, ReasoningGym, Regex, TokenF1
+from heeler.rewards.verifiers import (
+    BLEU,
+    ChrF,
+    ExactMatch,
+    JSONSchema,
+    MathAnswer,
+    ReasoningGym,
+    Regex,
+    TokenF1,
+)
 from heeler.rewards.weighted import WeightedSum
 from heeler.runtime.packages import did_you_mean, load_function, require
 from heeler.types import HeelerError, Reward
@@ -48,6 +58,8 @@ def _vader() -> Reward:
 BUILT_IN: dict[str, tuple[Callable[..., Reward], dict[str, type]]] = {  # with the types of its arguments, in order
     "exact-match": (ExactMatch, {"column": str}),
     "f1": (TokenF1, {"column": str}),
+    "chrf": (ChrF, {"column": str}),
+    "bleu": (BLEU, {"column": str}),
     "regex": (Regex, {"pattern": str}),
     "json-schema": (JSONSchema, {"schema": str}),
     "math": (MathAnswer, {"column": str, "timeout": float}),

@@ -83,6 +83,58 @@ class TokenF1:
         return _output(_each("f1", len(samples), score))
 
 
+class ChrF:
+    """sacrebleu's sentence chrF2 (Popović, W15-3049) of the completion with the accepted answers, 0 to 1.
+
+    Args:
+        column: of the prompt set, with the accepted answers: the references.
+
+    Raises:
+        HeelerError: sacrebleu is not installed.
+    """
+
+    def __init__(self, column: str = "answer") -> None:
+        require("sacrebleu", "translate")
+        from sacrebleu.metrics.chrf import CHRF
+
+        self.column, self.metric = column, CHRF()
+
+    def __call__(self, samples: Samples) -> RewardOutput:
+        return _sentence_scores(self.metric, samples, self.column, "chrf")
+
+
+class BLEU:
+    """sacrebleu's sentence BLEU of the completion with the accepted answers, 0 to 1.
+
+    With its defaults for sentences: tokeniser 13a, exponential smoothing, and only the n-gram orders that the
+    completion has (`effective_order`).
+
+    Args:
+        column: of the prompt set, with the accepted answers: the references.
+
+    Raises:
+        HeelerError: sacrebleu is not installed.
+    """
+
+    def __init__(self, column: str = "answer") -> None:
+        require("sacrebleu", "translate")
+        from sacrebleu.metrics.bleu import BLEU as Metric
+
+        self.column, self.metric = column, Metric(effective_order=True)
+
+    def __call__(self, samples: Samples) -> RewardOutput:
+        return _sentence_scores(self.metric, samples, self.column, "bleu")
+
+
+def _sentence_scores(metric: Any, samples: Samples, column: str, verifier: str) -> RewardOutput:
+    golds = _accepted(samples, column, verifier)
+
+    def score(index: int) -> float:
+        return min(metric.sentence_score(samples.completions[index], golds[index]).score / 100, 1.0)
+
+    return _output(_each(verifier, len(samples), score))
+
+
 class Regex:
     """1 where the pattern is found anywhere in the completion (`re.search`), else 0.
 

@@ -61,18 +61,19 @@ def sample_model(path: str, command: Any) -> list[str]:
     """Completions by a run's policy, or by any model."""
     from heeler.rollout.engines.draws import draw_seed
     from heeler.rollout.engines.native import NativeEngine
+    from heeler.rollout.engines.seq2seq import Seq2SeqEngine
     from heeler.rollout.text import decode
     from heeler.runtime import machine
     from heeler.types import Request
 
     machine.keep_freed_memory()
     machine.set_threads(None)
-    tokenizer, model = loading.load_tokenizer(path), loading.load_causal_lm(path)
-    context = loading.context_length(model)
+    tokenizer, model = loading.load_tokenizer(path), loading.load_language_model(path)
     source = [[{"role": "user", "content": p}] if command.chat else p for p in command.prompt]
-    room = None if context is None else context - command.max_new_tokens
+    room = loading.prompt_room(model, command.max_new_tokens)
     prompts = load_prompts(source, tokenizer, max_tokens=room)
-    engine = NativeEngine(model, eos_ids=loading.end_of_sequence_ids(model, tokenizer))
+    kind = Seq2SeqEngine if model.config.is_encoder_decoder else NativeEngine
+    engine = kind(model, eos_ids=loading.end_of_sequence_ids(model, tokenizer))
     requests = [Request(prompt=t, seed=draw_seed(command.seed, i)) for i, t in enumerate(prompts.tokens)]
     sampling = Sampling(max_new_tokens=command.max_new_tokens, temperature=command.temperature)
     return [decode(tokenizer, completion) for completion in engine.generate(requests, sampling)]

@@ -25,10 +25,12 @@ from heeler.data.examples import Example, load_examples
 from heeler.policies import loading
 from heeler.policies.inputs import TokenInputs
 from heeler.policies.language_model import Full, LanguageModelPolicy, LoRA, TopLayers, ValueHead
+from heeler.policies.seq2seq import Seq2SeqPolicy
 from heeler.ppo.minibatches import budgeted_microbatches
 from heeler.ppo.schedules import Schedule
 from heeler.rollout.engines.draws import draw_seed
 from heeler.rollout.engines.native import NativeEngine
+from heeler.rollout.engines.seq2seq import Seq2SeqEngine
 from heeler.rollout.text import decode
 from heeler.runtime import machine
 from heeler.runtime.configs import from_json, to_json
@@ -40,10 +42,10 @@ from heeler.types import CheckFailed, HeelerError, Request, Sampling
 
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig:
-    """Supervised fine-tuning of a causal language model.
+    """Supervised fine-tuning of a causal or an encoder-decoder language model.
 
     Attributes:
-        model: folder, run folder or hub id of any causal LM that transformers loads.
+        model: folder, run folder or hub id of any such model that transformers loads.
         data: a file (JSONL, CSV, Parquet) or a datasets id with prompt/completion, messages or text columns.
         eval_data: held-out examples; where None, `eval_share` of the data is held out.
         eval_share: the share that is held out where there is no `eval_data`; 0 holds out nothing.
@@ -52,7 +54,8 @@ class SFTConfig:
         epochs: passes over the data.
         updates: optimiser steps; as many as the epochs need where 0.
         examples_per_update: examples of one optimiser step.
-        max_tokens: the most tokens an example may have; the model's context where None.
+        max_tokens: the most tokens an example may have (with an encoder-decoder model: its prompt, and its completion);
+            the model's context where None.
         too_long: "error" refuses longer examples, "drop" leaves them out and says how many.
         trainable: which weights are trained.
         lr: peak learning rate of AdamW.
@@ -61,7 +64,7 @@ class SFTConfig:
         max_grad_norm: gradients are scaled down to it.
         token_budget: tokens of one forward pass, padding included.
         pack: examples share rows, blind to each other, instead of being padded to similar lengths: for GPUs; on a
-            CPU the mask costs more than the padding.
+            CPU the mask costs more than the padding. Not with encoder-decoder models.
         eval_every: evaluate each N updates and keep the weights with the lowest held-out loss; 0 evaluates before
             and after only.
         checkpoint_every: updates between checkpoints.
@@ -173,11 +176,14 @@ def build_sft_run(
     if not source:
         raise HeelerError("no examples were given: --data FILE (JSONL, CSV, Parquet) or a datasets id")
     tokenizer = loading.load_tokenizer(config.model)
-    model = loading.load_causal_lm(config.model).to(device)
-    context = loading.context_length(model)
-    limit = min((x for x in (config.max_tokens, context) if x is not None), default=None)
+    model = loading.load_language_model(config.model).to(device)
+    seq2seq = model.config.is_encoder_decoder
+    if seq2seq and config.pack:
+        raise HeelerError("sequences of an encoder-decoder model cannot share rows: leave --pack off")
+    contexts = loading.seq2seq_lengths(model) if seq2seq else (loading.context_length(model),)
+    limit = min((x for x in (config.max_tokens, *contexts) if x is not None), default=None)
 
-    options: dict[str, Any] = {"max_tokens": limit, "too_long": config.too_long}
+    options: dict[str, Any] = {"max_tokens": limit, "too_long": config.too_long, "seq2seq": seq2seq}
     train = load_examples(source, tokenizer, name=config.data or "the examples", **options)
     held_source = eval_data if eval_data is not None else config.eval_data
     if held_source:
@@ -190,7 +196,7 @@ def build_sft_run(
             raise HeelerError(f"{len(train)} examples are too few to hold out {config.eval_share:.0%} of them")
         held_out, train = [train[i] for i in order[:held]], [train[i] for i in order[held:]]
     precision, why = machine.choose_precision(config.precision, device)
-    policy = LanguageModelPolicy(
+    policy = (Seq2SeqPolicy if seq2seq else LanguageModelPolicy)(
         model, trainable=config.trainable, critic=ValueHead(), precision=precision, seed=config.seed
     )
     group = policy.parameter_groups()[0]
@@ -415,7 +421,8 @@ def _sample(run: SFTRun, model: Any) -> None:
     prompts = [e.tokens[: e.is_target.index(True)] for e in chosen[: run.config.sample_prompts]]
     if not prompts or run.config.sample_tokens < 1:
         return
-    engine = NativeEngine(model.to(run.policy.device), eos_ids=run.eos_ids)
+    kind = Seq2SeqEngine if model.config.is_encoder_decoder else NativeEngine
+    engine = kind(model.to(run.policy.device), eos_ids=run.eos_ids)
     requests = [Request(prompt=p, seed=draw_seed(run.config.seed, i)) for i, p in enumerate(prompts)]
     completions = engine.generate(requests, Sampling(max_new_tokens=run.config.sample_tokens))
     samples = [

@@ -18,6 +18,7 @@ import tyro
 from heeler.data.prompts import PromptSet, load_prompts
 from heeler.policies import loading
 from heeler.policies.language_model import Critic, Full, LanguageModelPolicy, LoRA, TopLayers, Trainable, ValueHead
+from heeler.policies.seq2seq import Seq2SeqPolicy
 from heeler.policies.token_masks import AllTokens, TokenMask, token_bias
 from heeler.ppo.advantages import AdvantageConfig
 from heeler.ppo.kl import FixedKL, KLConfig, KLEstimator
@@ -31,6 +32,7 @@ from heeler.rewards.specs import load_judges, load_reward
 from heeler.rollout.engines.draws import draw_seed
 from heeler.rollout.engines.hf import HFEngine
 from heeler.rollout.engines.native import NativeEngine
+from heeler.rollout.engines.seq2seq import Seq2SeqEngine
 from heeler.rollout.text import TextCollector, sample_rollout, samples_of
 from heeler.runtime import machine
 from heeler.runtime.configs import from_json
@@ -49,7 +51,7 @@ class TextConfig:
     """A PPO run on a language model. Batch sizes are global.
 
     Attributes:
-        model: folder or hub id of any causal LM that transformers loads.
+        model: folder or hub id of any causal or encoder-decoder LM that transformers loads.
         prompts: file (JSONL, JSON, CSV, Parquet) or data set (OWNER/NAME:SPLIT) with a "prompt" column (a string or
             chat messages); other columns reach the reward.
         reward: "module:function", the folder of a sequence classifier, the address of a reward server, a verifier such
@@ -241,7 +243,7 @@ class TextRun(Run):
         self.publish()
         total = len(self.eval_prompts) * self.most_tokens()
         bar = progress(total, "evaluating", "token", show=show)
-        if isinstance(self.engine, NativeEngine):
+        if isinstance(self.engine, (NativeEngine, Seq2SeqEngine)):
             self.engine.on_progress = bar.update
         try:
             # the draws depend on the seed and the prompt only, so before and after differ by the policy alone
@@ -255,7 +257,7 @@ class TextRun(Run):
             return evaluation
         finally:
             bar.close()
-            if isinstance(self.engine, NativeEngine):
+            if isinstance(self.engine, (NativeEngine, Seq2SeqEngine)):
                 self.engine.on_progress = None
 
     def most_tokens(self) -> int:
@@ -300,10 +302,9 @@ def build_text_run(
     judges = load_judges(config.judges)
     tokenizer = loading.load_tokenizer(config.model)
 
-    model = loading.load_causal_lm(config.model).to(device)
+    model = loading.load_language_model(config.model).to(device)
     precision, why = machine.choose_precision(config.precision, device)
-    context = loading.context_length(model)
-    room = None if context is None else context - config.sampling.max_new_tokens
+    room = loading.prompt_room(model, config.sampling.max_new_tokens)
     source = prompts if prompts is not None else config.prompts
     loaded = load_prompts(source, tokenizer, max_tokens=room) if len(source) else None
     eval_source = eval_prompts if eval_prompts is not None else config.eval_prompts
@@ -312,7 +313,8 @@ def build_text_run(
     eos_ids = loading.end_of_sequence_ids(model, tokenizer)
     vocab_size = int(model.get_output_embeddings().weight.shape[0])
     bias = token_bias(config.tokens, tokenizer, vocab_size, eos_ids)
-    policy = LanguageModelPolicy(
+    seq2seq = model.config.is_encoder_decoder
+    policy = (Seq2SeqPolicy if seq2seq else LanguageModelPolicy)(
         model,
         trainable=config.trainable,
         critic=config.critic,
@@ -324,7 +326,13 @@ def build_text_run(
     )
     keep_states = config.reuse_trunk_states and policy.trunk is not None and config.truncation != "bootstrap"
     engine: Engine
-    if config.engine == "hf":
+    if seq2seq:
+        if config.engine == "hf":
+            raise HeelerError("the hf engine samples causal models only: leave --engine native")
+        engine = Seq2SeqEngine(
+            policy.engine_model, eos_ids=eos_ids, max_rows=config.engine_rows, token_bias=bias, tokenizer=tokenizer
+        )
+    elif config.engine == "hf":
         engine = HFEngine(
             policy.engine_model, eos_ids=eos_ids, max_rows=config.engine_rows, token_bias=bias, tokenizer=tokenizer
         )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from heeler.data.reasoning import reasoning_gym_prompts
-from heeler.rewards.verifiers import ExactMatch, JSONSchema, MathAnswer, ReasoningGym, Regex, TokenF1
+from heeler.rewards.verifiers import BLEU, ChrF, ExactMatch, JSONSchema, MathAnswer, ReasoningGym, Regex, TokenF1
 from heeler.types import HeelerError, Reward, RewardOutput
 from tests.tiny import samples_of
 
@@ -43,9 +44,34 @@ def test_f1_is_the_overlap_of_bags_of_words() -> None:
     assert scores(TokenF1(), texts, answer=golds) == pytest.approx(wanted)
 
 
-@pytest.mark.parametrize("reward", [ExactMatch(), TokenF1(), MathAnswer()])
+def plain_chrf(text: str, gold: str) -> float:
+    """chrF with n = 1 to 6 and beta = 2 from its definition, for texts that have n-grams of every order."""
+    precisions, recalls = [], []
+    given, wanted = text.replace(" ", ""), gold.replace(" ", "")
+    for n in range(1, 7):
+        mine, theirs = (Counter(t[i : i + n] for i in range(len(t) - n + 1)) for t in (given, wanted))
+        precisions.append((mine & theirs).total() / mine.total())
+        recalls.append((mine & theirs).total() / theirs.total())
+    p, r = sum(precisions) / 6, sum(recalls) / 6
+    return 5 * p * r / (4 * p + r)
+
+
+def test_chrf_and_bleu_are_shares() -> None:
+    right, near, wrong = "Ouvrir le fichier", "Ouvre le fichier", "zzzzzzz"
+    chrf = scores(ChrF(), [right, near, wrong, ""], answer=[right] * 4)
+    assert chrf[0] == 1.0 and chrf[2:] == [0.0, 0.0]
+    assert chrf[1] == pytest.approx(plain_chrf(near, right), abs=1e-5)
+    assert scores(ChrF("gold"), [near], gold=[[wrong, near]]) == [1.0]
+    bleu = scores(BLEU(), [right, near, ""], answer=[right] * 3)
+    assert bleu[0] == pytest.approx(1.0) and bleu[2] == 0.0
+    # precisions 2/3 and 1/2, and no trigram in common, which exponential smoothing counts as half a match
+    assert bleu[1] == pytest.approx((2 / 3 * 1 / 2 * 1 / 2) ** (1 / 3), abs=1e-5)
+
+
+@pytest.mark.parametrize("reward", [ExactMatch(), TokenF1(), MathAnswer(), ChrF(), BLEU()])
 def test_columns_that_hold_no_answers(reward: Reward) -> None:
-    name = {ExactMatch: "exact-match", TokenF1: "f1", MathAnswer: "math"}[type(reward)]
+    names = {ExactMatch: "exact-match", TokenF1: "f1", MathAnswer: "math", ChrF: "chrf", BLEU: "bleu"}
+    name = names[type(reward)]
     with pytest.raises(HeelerError, match=f"verifier {name} reads the column 'answer', which .*mean answers"):
         scores(reward, ["a"], answers=["a"])
     for nothing in (None, [], [None], {"a": 1}, True):
