@@ -13,6 +13,7 @@ from heeler.types import HeelerError
 HELP = """heeler: PPO for language models, control and games
 
   heeler ppo imdb                       a real 135M model learns to continue movie reviews positively
+  heeler ppo translate                  a small T5, fine-tuned and then rewarded by chrF, translates into French
   heeler ppo lm --model M --prompts F --reward module:function
                                         your model, your prompts, your reward
   heeler ppo dialogue --model M --prompts F --env module:Name
@@ -39,7 +40,7 @@ CONTROL = (
     "cartpole", "acrobot", "mountaincar", "pendulum", "lunarlander", "lunarlander-continuous", "bipedalwalker",
     "halfcheetah", "hopper", "walker2d", "ant", "swimmer", "pong", "breakout",
 )  # fmt: skip
-RECIPES = ("imdb", "lm", "dialogue", "arithmetic", "qa", "gym", *CONTROL)
+RECIPES = ("imdb", "translate", "lm", "dialogue", "arithmetic", "qa", "gym", *CONTROL)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -114,6 +115,12 @@ def _ppo(words: list[str]) -> int:
         from heeler.train.dialogue import DialogueConfig, train_dialogue
 
         run = train_dialogue(_parse(DialogueConfig, rest, "heeler ppo dialogue"))
+    elif recipe == "translate":
+        from heeler.recipes.translate import Translate, print_corpus, run_translate
+
+        chosen = _parse(Translate, rest, "heeler ppo translate")
+        run = run_translate(chosen)
+        print_corpus(run, chosen)
     else:
         from heeler.train.text import TextConfig, train_text
 
@@ -440,10 +447,12 @@ def _sample(words: list[str]) -> int:
     )
     if not chosen.prompt:
         raise HeelerError("heeler sample needs at least one --prompt")
+    from heeler.policies.loading import is_seq2seq
     from heeler.train.report import sample_model
 
+    between = " -> " if is_seq2seq(path) else ""  # a translation does not go on where its source ends
     for prompt, text in zip(chosen.prompt, sample_model(path, chosen), strict=True):
-        print(f"{prompt}\033[1m{text}\033[0m" if sys.stdout.isatty() else f"{prompt}{text}")
+        print(f"{prompt}{between}\033[1m{text}\033[0m" if sys.stdout.isatty() else f"{prompt}{between}{text}")
     return 0
 
 

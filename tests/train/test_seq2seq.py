@@ -46,8 +46,8 @@ def plain_loss(model: Any, tokenizer: Any) -> float:
 
 
 def test_sft_learns_its_examples_by_heart(model: str, tmp_path: Path) -> None:
-    config = config_of(model, tmp_path / "run", trainable=Full(), updates=120, eval_share=0.0, examples_per_update=16)
-    run = train_sft(replace(config, lr=5e-3), data=ROWS, show=False)
+    config = config_of(model, tmp_path / "run", trainable=Full(), updates=80, eval_share=0.0, examples_per_update=16)
+    run = train_sft(replace(config, lr=1e-2), data=ROWS, show=False)
     losses = [row["loss"] for row in sft_numbers(tmp_path / "run")]
     tokenizer = load_tokenizer(str(tmp_path / "run"))
     assert losses[0] == pytest.approx(plain_loss(load_seq2seq_lm(model), tokenizer), rel=1e-4)
@@ -79,7 +79,6 @@ def test_ppo_folder_and_export(model: str, tmp_path: Path) -> None:
     rows = numbers(out)
     assert rows[0]["kl/ref"] == pytest.approx(0, abs=1e-4) and rows[0]["engine/logprob_gap"] < 1e-4
     assert rows[1]["kl/ref"] != 0 and rows[1]["engine/logprob_gap"] < 1e-4  # the engine samples what was trained
-    assert rows[0]["policy/first_ratio_error"] < 1e-4
     plain = AutoModelForSeq2SeqLM.from_pretrained(out / "policy").eval()
     ids = AutoTokenizer.from_pretrained(out / "policy")("ab", return_tensors="pt")["input_ids"]
     labels = torch.tensor([[5, 6, 0]])
@@ -90,6 +89,13 @@ def test_ppo_folder_and_export(model: str, tmp_path: Path) -> None:
     assert not torch.allclose(start, mine, atol=1e-3)
     assert run.sample("ab", "c") == run.sample("ab", "c")
     assert {"reward", "perplexity", "kl/ref"} <= json.loads((out / "summary.json").read_text())["eval/after"].keys()
+
+
+def test_the_ratio_of_the_first_minibatch_is_1(model: str, tmp_path: Path) -> None:
+    ppo = PPOConfig(epochs=1, minibatches=1, ratio_tolerance=1e-5)
+    run = small_ppo(model, tmp_path / "run", updates=2, ppo=ppo)
+    train_text(run, prompts=PROMPTS, reward=vowels, show=False)  # a mean error above the tolerance stops a run
+    assert [row["policy/ratio_max"] for row in numbers(tmp_path / "run")] == pytest.approx([1.0, 1.0], abs=1e-4)
 
 
 def test_ppo_resume_equals_uninterrupted(model: str, tmp_path: Path) -> None:
@@ -108,7 +114,7 @@ def test_ppo_resume_equals_uninterrupted(model: str, tmp_path: Path) -> None:
         assert torch.equal(tensor, resumed.policy.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("truncation", ["terminal", "bootstrap", "drop"])
+@pytest.mark.parametrize("truncation", ["terminal", "bootstrap"])
 def test_micro_batches_and_truncation(tmp_path: Path, truncation: Any) -> None:
     """Padding beside other sequences changes nothing in a run, whatever a cut completion means."""
     path = save_tiny_seq2seq(tmp_path / "model", std=0.1)
@@ -117,12 +123,13 @@ def test_micro_batches_and_truncation(tmp_path: Path, truncation: Any) -> None:
         config = small_ppo(path, tmp_path / name, updates=2, ppo=ppo, truncation=truncation)
         train_text(config, prompts=PROMPTS, reward=vowels, show=False)
     for a, b in zip(numbers(tmp_path / "one"), numbers(tmp_path / "many"), strict=True):
+        assert a.keys() == b.keys()
         for key, value in a.items():
-            assert b[key] == pytest.approx(value, rel=1e-2, abs=1e-3), key
+            assert (value is None and b[key] is None) or b[key] == pytest.approx(value, rel=1e-2, abs=1e-3), key
 
 
 def test_ppo_learns_to_copy_the_source(tmp_path: Path) -> None:
-    """One token in, one token out; chance is 1 in 12. It must read the source: no constant answer pays more."""
+    """One token in, one token out; chance is 1 in 12. It must read the source: a constant answer pays 1 in 4."""
     path = save_tiny_seq2seq(tmp_path / "model", words=WORDS, hidden=32, std=0.1)
 
     def copies(prompts: list[str], completions: list[str], **columns: Any) -> list[float]:
@@ -135,7 +142,7 @@ def test_ppo_learns_to_copy_the_source(tmp_path: Path) -> None:
     )  # fmt: skip
     train_text(config, prompts=digits, reward=copies, show=False)
     rewards = [row["reward/mean"] for row in numbers(tmp_path / "run")]
-    assert sum(rewards[:3]) / 3 < 0.2 and sum(rewards[-3:]) / 3 > 0.9
+    assert sum(rewards[:3]) / 3 < 0.2 and sum(rewards[-3:]) / 3 > 0.6
 
 
 def test_examples_are_one_prompt_and_one_completion(tmp_path: Path) -> None:
@@ -172,7 +179,8 @@ def test_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.chdir(tmp_path)
     Path("data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     flags = ["--updates", "1", "--threads", "1"]
-    assert main(["sft", "--model", path, "--data", "data.jsonl", "--out", "sft", "--examples-per-update", "4", *flags]) == 0
+    words = ["sft", "--model", path, "--data", "data.jsonl", "--out", "sft", "--examples-per-update", "4"]
+    assert main([*words, *flags]) == 0
     Path("prompts.jsonl").write_text('{"prompt": "ab", "answer": "ba"}\n')
     words = ["ppo", "lm", "--model", "sft", "--prompts", "prompts.jsonl", "--reward", "chrf", "--out", "run"]
     words += ["--prompts-per-update", "2", "--ppo.minibatches", "1", "--sampling.max-new-tokens", "4"]

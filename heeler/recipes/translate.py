@@ -1,0 +1,253 @@
+"""`heeler ppo translate`: a small T5 learns to translate JupyterLab's interface from English into French.
+
+1. A tokenizer is learnt on the training pairs, and a T5 of a few million weights starts from random ones.
+2. Supervised fine-tuning on the training pairs; the weights with the lowest validation loss are kept, in the cache.
+3. PPO on the training sources: the reward is the sentence chrF of a sampled translation, with a KL penalty to the
+   fine-tuned model.
+4. Corpus chrF and BLEU on the test pairs, before and after PPO, for greedy and for sampled translations.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from heeler.data.translation import Pair, build_tokenizer, translation_pairs
+from heeler.policies import loading
+from heeler.policies.language_model import Full
+from heeler.ppo.advantages import AdvantageConfig
+from heeler.ppo.kl import FixedKL
+from heeler.ppo.schedules import Schedule
+from heeler.ppo.update import PPOConfig
+from heeler.recipes.imdb import cache_folder
+from heeler.rollout.engines.draws import draw_seed
+from heeler.rollout.engines.seq2seq import Seq2SeqEngine
+from heeler.rollout.text import decode
+from heeler.runtime.packages import require
+from heeler.runtime.progress import say
+from heeler.runtime.runs import read_json
+from heeler.train.run import default_out
+from heeler.train.sft import SFTConfig, resume_sft, train_sft
+from heeler.train.text import TextConfig, TextRun, train_text
+from heeler.types import Request, Sampling
+
+GREEDY = 1e-4  # temperature at which a draw is the most likely token, unless two are within a few of these in logit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Translate:
+    """Supervised fine-tuning, then PPO, on translations.
+
+    Attributes:
+        out: PPO's run folder; runs/translate where None.
+        seed: of the first weights and every draw.
+        threads: CPU threads; None takes all.
+        max_words: longer sources are left out.
+        vocab_size: of the tokenizer.
+        width: of the model's states (d_model); heads have 32 each.
+        layers: of the encoder, and of the decoder.
+        sft_epochs: passes of the fine-tuning over the training pairs.
+        sft_lr: its peak learning rate.
+        retrain: fine-tune again even where the result is in the cache.
+        updates: PPO updates.
+        prompts_per_update: sources in each.
+        samples_per_prompt: translations of each source.
+        max_new_tokens: the longest translation.
+        lr, critic_lr: of PPO.
+        kl_coef: of the penalty to the fine-tuned model.
+        test_pairs: held-out pairs of the figures.
+    """
+
+    out: str | None = None
+    seed: int = 0
+    threads: int | None = None
+    max_words: int = 16
+    vocab_size: int = 2000
+    width: int = 192
+    layers: int = 3
+    sft_epochs: float = 20.0
+    sft_lr: float = 2e-3
+    retrain: bool = False
+    updates: int = 40
+    prompts_per_update: int = 64
+    samples_per_prompt: int = 2
+    max_new_tokens: int = 40
+    lr: float = 1e-4
+    critic_lr: float = 1e-3
+    kl_coef: float = 0.01
+    test_pairs: int = 256
+
+
+def rows_of(pairs: Sequence[Pair], target: str) -> list[dict[str, str]]:
+    """Rows with a "prompt", and the translation in the column `target`."""
+    return [{"prompt": pair.source, target: pair.target} for pair in pairs]
+
+
+def _write(file: Path, rows: Sequence[dict[str, str]]) -> str:
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return str(file)
+
+
+def start_model(recipe: Translate, folder: Path) -> None:
+    """A tokenizer of the training pairs and a T5 with random weights, as a transformers folder."""
+    require("transformers", "lm")
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    train = translation_pairs(recipe.max_words)["train"]
+    tokenizer = build_tokenizer([text for p in train for text in (p.source, p.target)], recipe.vocab_size)
+    torch.manual_seed(recipe.seed)
+    model = T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=len(tokenizer),
+            d_model=recipe.width,
+            d_kv=32,
+            num_heads=recipe.width // 32,
+            d_ff=recipe.width * 8 // 3,
+            num_layers=recipe.layers,
+            feed_forward_proj="gated-gelu",
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            decoder_start_token_id=tokenizer.pad_token_id,
+        )
+    )
+    aside = folder.with_name(folder.name + ".partial")
+    shutil.rmtree(aside, ignore_errors=True)
+    model.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    aside.rename(folder)
+
+
+def sft_config(recipe: Translate, folder: Path) -> SFTConfig:
+    """The fine-tuning as a plain `heeler sft` run in `folder`, whose data lie beside it."""
+    parts = translation_pairs(recipe.max_words)
+    updates = max(1, round(recipe.sft_epochs * len(parts["train"]) / 32))
+    return SFTConfig(
+        model=str(folder / "start"),
+        data=_write(folder / "train.jsonl", rows_of(parts["train"], "completion")),
+        eval_data=_write(folder / "validation.jsonl", rows_of(parts["validation"], "completion")),
+        out=str(folder / "sft"),
+        seed=recipe.seed,
+        updates=updates,
+        examples_per_update=32,
+        trainable=Full(),
+        lr=recipe.sft_lr,
+        lr_schedule=Schedule(shape="cosine", warmup=50, end=0.05),
+        adam_betas=(0.9, 0.98),
+        eval_every=max(1, updates // 20),
+        precision="fp32",
+        threads=recipe.threads,
+    )
+
+
+def fine_tuned(recipe: Translate, show: bool = True) -> tuple[Path, dict[str, Any]]:
+    """The fine-tuned model's run folder in the cache, trained or continued where it is not complete; its summary."""
+    settings = {
+        name: getattr(recipe, name)
+        for name in ("seed", "max_words", "vocab_size", "width", "layers", "sft_epochs", "sft_lr")
+    }
+    key = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=4).hexdigest()
+    folder = cache_folder() / f"translate-{key}"
+    if recipe.retrain:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(exist_ok=True)
+    if not (folder / "start" / "config.json").exists():
+        start_model(recipe, folder / "start")
+    run = folder / "sft"
+    if not (run / "summary.json").exists():
+        if any(run.glob("checkpoints/*")):
+            resume_sft(run, show=show)
+        else:
+            shutil.rmtree(run, ignore_errors=True)
+            train_sft(sft_config(recipe, folder), show=show)
+    summary = read_json(run / "summary.json")
+    say(f"fine-tuned: validation loss {summary['eval/after']['loss']:.3f} nats a token, kept in {run}", show)
+    return run, summary
+
+
+def text_config(recipe: Translate, model: Path, out: str) -> TextConfig:
+    """PPO as a plain `heeler ppo lm` run."""
+    parts, folder = translation_pairs(recipe.max_words), model.parent
+    return TextConfig(
+        model=str(model),
+        prompts=_write(folder / "prompts.jsonl", rows_of(parts["train"], "answer")),
+        eval_prompts=_write(folder / "test.jsonl", rows_of(parts["test"][: recipe.test_pairs], "answer")),
+        reward="chrf",
+        judges=("bleu",),
+        out=out,
+        seed=recipe.seed,
+        updates=recipe.updates,
+        prompts_per_update=recipe.prompts_per_update,
+        samples_per_prompt=recipe.samples_per_prompt,
+        sampling=Sampling(max_new_tokens=recipe.max_new_tokens),
+        trainable=Full(),
+        kl=FixedKL(coef=recipe.kl_coef),
+        lr=recipe.lr,
+        critic_lr=recipe.critic_lr,
+        critic_warmup=min(4, recipe.updates // 4),
+        lr_schedule=Schedule(shape="linear", end=0.1),
+        advantage=AdvantageConfig(gamma=1.0, lam=0.95),
+        ppo=PPOConfig(epochs=2, minibatches=2),
+        precision="fp32",
+        threads=recipe.threads,
+    )
+
+
+def corpus_figures(model: str, pairs: Sequence[Pair], max_new_tokens: int, seed: int) -> dict[str, float]:
+    """sacrebleu's corpus chrF2 and BLEU (0 to 100), of the most likely tokens and of draws at temperature 1.
+
+    Args:
+        model: folder of an encoder-decoder model and its tokenizer.
+        pairs: sources, and one reference each.
+        max_new_tokens: the length cap.
+        seed: of the draws.
+    """
+    require("sacrebleu", "translate")
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
+
+    tokenizer, loaded = loading.load_tokenizer(model), loading.load_seq2seq_lm(model)
+    engine = Seq2SeqEngine(loaded, eos_ids=loading.end_of_sequence_ids(loaded, tokenizer))
+    requests = [
+        Request(prompt=tokenizer(pair.source)["input_ids"], seed=draw_seed(seed, 0x7E57, i))
+        for i, pair in enumerate(pairs)
+    ]
+    references = [[pair.target for pair in pairs]]
+    figures: dict[str, float] = {}
+    for name, temperature in (("greedy", GREEDY), ("sampled", 1.0)):
+        sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature)
+        texts = [decode(tokenizer, completion) for completion in engine.generate(requests, sampling)]
+        figures[f"{name}/chrf"] = CHRF().corpus_score(texts, references).score
+        figures[f"{name}/bleu"] = BLEU().corpus_score(texts, references).score
+    return figures
+
+
+def run_translate(recipe: Translate, show: bool = True) -> TextRun:
+    """The whole recipe, end to end; the corpus figures go into summary.json under "corpus"."""
+    require("sacrebleu", "translate")
+    out = recipe.out or default_out("translate")
+    model, sft = fine_tuned(recipe, show)
+    pairs = translation_pairs(recipe.max_words)["test"][: recipe.test_pairs]
+    config = text_config(recipe, model, out)
+    before = corpus_figures(str(model), pairs, recipe.max_new_tokens, recipe.seed)
+    extra = {"sft": {name: sft[name] for name in ("updates", "seconds", "eval/after")}, "corpus": {"before": before}}
+    run = train_text(config, extra=extra, show=show)
+    assert run.folder is not None
+    policy = str(run.folder.path / "policy")
+    run.summary["corpus"]["after"] = corpus_figures(policy, pairs, recipe.max_new_tokens, recipe.seed)
+    run.folder.write_summary(run.summary)
+    return run
+
+
+def print_corpus(run: TextRun, recipe: Translate) -> None:
+    """The corpus figures before and after PPO."""
+    from heeler.train.report import figures_table
+
+    print(f"\nCorpus figures on {min(recipe.test_pairs, len(run.eval_prompts or []))} test pairs:")
+    print(figures_table(run.summary["corpus"]))
