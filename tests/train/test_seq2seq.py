@@ -26,7 +26,9 @@ WORDS = [str(i) for i in range(10)]
 
 @pytest.fixture(scope="module", params=["t5", "bart"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
-    return save_tiny_seq2seq(tmp_path_factory.mktemp(request.param), request.param, std=0.1)
+    return save_tiny_seq2seq(
+        tmp_path_factory.mktemp(request.param), request.param, std=0.3 if request.param == "t5" else 0.1
+    )
 
 
 def small_ppo(model: str, out: Path, **changes: Any) -> Any:
@@ -46,8 +48,11 @@ def plain_loss(model: Any, tokenizer: Any) -> float:
 
 
 def test_sft_learns_its_examples_by_heart(model: str, tmp_path: Path) -> None:
-    config = config_of(model, tmp_path / "run", trainable=Full(), updates=80, eval_share=0.0, examples_per_update=16)
-    run = train_sft(replace(config, lr=1e-2), data=ROWS, show=False)
+    config = config_of(model, tmp_path / "run", trainable=Full(), updates=60, eval_share=0.0, eval_every=0)
+    config = replace(
+        config, examples_per_update=16, lr=2e-2 if load_seq2seq_lm(model).config.model_type == "t5" else 5e-3
+    )
+    run = train_sft(config, data=ROWS, show=False)
     losses = [row["loss"] for row in sft_numbers(tmp_path / "run")]
     tokenizer = load_tokenizer(str(tmp_path / "run"))
     assert losses[0] == pytest.approx(plain_loss(load_seq2seq_lm(model), tokenizer), rel=1e-4)
@@ -137,7 +142,7 @@ def test_ppo_learns_to_copy_the_source(tmp_path: Path) -> None:
 
     digits = WORDS[:4]
     config = small_ppo(
-        path, tmp_path / "run", updates=40, prompts_per_update=64, sampling=Sampling(max_new_tokens=1), lr=3e-3,
+        path, tmp_path / "run", updates=30, prompts_per_update=48, sampling=Sampling(max_new_tokens=1), lr=5e-3,
         kl=FixedKL(coef=0.0), checkpoint_every=100,
     )  # fmt: skip
     train_text(config, prompts=digits, reward=copies, show=False)
