@@ -86,13 +86,13 @@ def load_examples(
         example = _example(row, tokenizer, where, eos, seq2seq)
         length = len(example.tokens)
         if seq2seq:
-            source = example.is_target.index(True)
-            if source == 0 or not all(example.is_target[source:]):
+            sources = example.is_target.index(True)
+            if sources == 0 or not all(example.is_target[sources:]):
                 raise HeelerError(
                     f"{where}: it holds {kind}, but an encoder-decoder model learns one completion of one prompt: give"
                     ' rows with "prompt" and "completion"'
                 )
-            length = max(source, length - source)
+            length = max(sources, length - sources)
         if max_tokens is None or length <= max_tokens:
             examples.append(example)
         elif too_long == "error":

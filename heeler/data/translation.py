@@ -43,7 +43,7 @@ def words_of(text: str) -> str:
     return " ".join(re.findall(r"[^\W\d_]+", text.lower()))
 
 
-def split_pairs(pairs: Sequence[Pair], max_words: int) -> Mapping[Part, Sequence[Pair]]:
+def split_pairs(pairs: Sequence[Pair], max_words: int) -> dict[Part, list[Pair]]:
     """Drop what is no translation, and split the rest.
 
     Dropped are pairs with an empty side, without words, with a source longer than `max_words` words, equal on both
@@ -56,11 +56,15 @@ def split_pairs(pairs: Sequence[Pair], max_words: int) -> Mapping[Part, Sequence
         key = words_of(source)
         if key and target and source != target and len(source.split()) <= max_words and key not in seen:
             seen.add(key)
-            x = _hash(key, b"part") / 2**64
-            parts[next(part for part, edge in _EDGES if x < edge)].append(Pair(source, target))
+            parts[_part(key)].append(Pair(source, target))
     for chosen in parts.values():  # the files go subject by subject
         chosen.sort(key=lambda pair: _hash(pair.source, b"order"))
     return parts
+
+
+def _part(key: str) -> Part:
+    x = _hash(key, b"part") / 2**64
+    return next(part for part, edge in _EDGES if x < edge)
 
 
 def _hash(text: str, purpose: bytes) -> int:

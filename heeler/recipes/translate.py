@@ -114,7 +114,7 @@ def start_model(recipe: Translate, folder: Path) -> None:
             feed_forward_proj="gated-gelu",
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
-            decoder_start_token_id=tokenizer.pad_token_id,
+            **{"decoder_start_token_id": tokenizer.pad_token_id},  # as in the published T5s
         )
     )
     aside = folder.with_name(folder.name + ".partial")

@@ -99,7 +99,7 @@ def test_what_stands_before_the_first_decision_is_the_source() -> None:
     inputs = TokenInputs(
         tokens=torch.arange(10, 22),
         lengths=torch.tensor([6, 3, 3]),
-        is_decision=torch.tensor([0, 0, 1, 0, 1, 1] + [0, 0, 0] + [0, 1, 1], dtype=torch.bool),
+        is_decision=torch.tensor([0, 0, 1, 0, 1, 1, 0, 0, 0, 0, 1, 1], dtype=torch.bool),
     )
     rows = source_and_target(inputs, 7)
     assert rows.source.tolist() == [[10, 11, 0], [16, 17, 18], [19, 0, 0]]
