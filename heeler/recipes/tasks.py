@@ -100,10 +100,7 @@ def run_qa(recipe: QA, show: bool = True) -> Path:
 
 
 def _asked(question: str) -> str:
-    """The question as it is put: of a sum only the sum, since its sentence is the same each time."""
-    if question.endswith("="):
-        return question.rpartition(": ")[2]
-    return f"{question.strip()}\nAnswer:"
+    return question if question.endswith("=") else f"{question.strip()}\nAnswer:"
 
 
 def _distinct(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
