@@ -12,7 +12,7 @@ from heeler.rewards.classifier import ClassifierReward
 from heeler.rewards.functions import FunctionReward
 from heeler.rewards.shaping import EOSPenalty, LengthReward, Overlong, Repetition
 from heeler.rewards.specs import BUILT_IN, load_judges, load_reward
-from heeler.rewards.verifiers import ExactMatch, JSONSchema, MathAnswer, ReasoningGym, Regex, TokenF1
+from heeler.rewards.verifiers import BLEU, ChrF, ExactMatch, JSONSchema, MathAnswer, ReasoningGym, Regex, TokenF1
 from heeler.rewards.weighted import WeightedSum
 from heeler.types import HeelerError
 from tests.tiny import samples_of, save_tiny_model
@@ -42,7 +42,7 @@ def test_every_built_in_by_its_name(workplace: Path) -> None:
         "exact-match": ExactMatch, "f1(column=answers)": TokenF1, "regex(^yes)": Regex,
         "json-schema(schema.json)": JSONSchema, "math(answer, timeout=2)": MathAnswer, "reasoning-gym": ReasoningGym,
         "vader": FunctionReward, "eos-penalty(1.0)": EOSPenalty, "length(free=32, per-token=0.01)": LengthReward,
-        "repetition(3)": Repetition, "overlong(limit=64, buffer=16)": Overlong,
+        "repetition(3)": Repetition, "overlong(limit=64, buffer=16)": Overlong, "chrf": ChrF, "bleu(column=answer)": BLEU,
     }  # fmt: skip
     assert {spec.partition("(")[0] for spec in specs} == set(BUILT_IN)
     loaded = {spec: load_reward(spec) for spec in specs}
