@@ -42,7 +42,8 @@ def test_every_built_in_by_its_name(workplace: Path) -> None:
         "exact-match": ExactMatch, "f1(column=answers)": TokenF1, "regex(^yes)": Regex,
         "json-schema(schema.json)": JSONSchema, "math(answer, timeout=2)": MathAnswer, "reasoning-gym": ReasoningGym,
         "vader": FunctionReward, "eos-penalty(1.0)": EOSPenalty, "length(free=32, per-token=0.01)": LengthReward,
-        "repetition(3)": Repetition, "overlong(limit=64, buffer=16)": Overlong, "chrf": ChrF, "bleu(column=answer)": BLEU,
+        "repetition(3)": Repetition, "overlong(limit=64, buffer=16)": Overlong, "chrf": ChrF,
+        "bleu(column=answer)": BLEU,
     }  # fmt: skip
     assert {spec.partition("(")[0] for spec in specs} == set(BUILT_IN)
     loaded = {spec: load_reward(spec) for spec in specs}
