@@ -10,7 +10,7 @@ stopped.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -43,37 +43,35 @@ def _state(folder: Path) -> str:
     return "new"
 
 
-def sft_stage(config: SFTConfig, show: bool = True) -> dict[str, Any]:
-    """Fine-tune into `config.out` where that is not done; its summary."""
-    folder = Path(str(config.out))
+def _stage(folder: Path, start: Callable[[], Any], go_on: Callable[[], Any], show: bool) -> dict[str, Any]:
+    """Start, continue or skip a stage, as its folder says; its summary."""
     match _state(folder):
         case "new":
-            train_sft(config, show=show)
+            start()
         case "interrupted":
-            resume_sft(folder, show=show)
+            go_on()
         case _:
             say(f"{folder} is complete", show)
     return read_json(folder / "summary.json")
+
+
+def sft_stage(config: SFTConfig, show: bool = True) -> dict[str, Any]:
+    """Fine-tune into `config.out` where that is not done; its summary."""
+    folder = Path(str(config.out))
+    return _stage(folder, lambda: train_sft(config, show=show), lambda: resume_sft(folder, show=show), show)
 
 
 def ppo_stage(config: TextConfig, show: bool = True) -> dict[str, Any]:
     """PPO into `config.out` where that is not done; its summary."""
     folder = Path(str(config.out))
-    match _state(folder):
-        case "new":
-            train_text(config, show=show)
-        case "interrupted":
-            resume_text(folder, show=show)
-        case _:
-            say(f"{folder} is complete", show)
-    return read_json(folder / "summary.json")
+    return _stage(folder, lambda: train_text(config, show=show), lambda: resume_text(folder, show=show), show)
 
 
 def figures_of(model: str, config: TextConfig, file: Path, show: bool = True) -> dict[str, float]:
     """Held-out figures of a model on the prompts, rewards and judges of `config`, kept in `file`."""
     if not file.exists():
         say(f"evaluating {model}", show)
-        run = build_text_run(replace(config, model=model, prompts="", kl=replace(config.kl)))
+        run = build_text_run(replace(config, model=model, prompts=""))
         write_json(file, run.evaluate(show=show).figures)
     return read_json(file)
 

@@ -14,12 +14,9 @@ import torch
 from torch import Tensor
 
 from heeler.policies.splitting import layer_list
-from heeler.rollout.engines.draws import sample, uniforms
-from heeler.rollout.engines.stopping import StopStrings
+from heeler.rollout.engines.batch import SampledBatch
 from heeler.rollout.engines.weights import WeightReceiver
 from heeler.types import Completion, HeelerError, Request, Sampling
-
-LEAVE_FRACTION = 0.125  # finished rows are dropped once they are this share of the batch: dropping copies the cache
 
 
 def _make_cache(config: Any, capacity: int) -> Any:
@@ -117,18 +114,11 @@ class NativeEngine(WeightReceiver):
             mask[row, width - len(request.prompt) :] = 1
         positions = (mask[:, :width].cumsum(1) - 1).clamp(min=0)
         ids, mask, positions = ids.to(self.device), mask.to(self.device), positions.to(self.device)
-        u = uniforms([r.seed for r in requests], cap)
-        stops = StopStrings(self.tokenizer, sampling.stop)
-        stop_strings: list[str | None] = [None] * count
-        tokens = torch.zeros(count, cap, dtype=torch.long)
-        logprobs = torch.zeros(count, cap)
-        sampled = torch.full((count,), cap)
-        stopped = torch.zeros(count, dtype=torch.bool)
+        batch = SampledBatch(requests, sampling, self.eos_ids, self.token_bias, self.tokenizer, self.on_progress)
         states: Tensor | None = None
 
         cache = _make_cache(self.model.config, width + cap)
         full_prompts = int(lengths.min()) == width  # no padding: no mask needed
-        alive = torch.arange(count)  # the request of each row of the batch
         for t in range(cap):
             end = width + t
             output = self.model(
@@ -143,44 +133,21 @@ class NativeEngine(WeightReceiver):
                 if states is None:
                     states = torch.empty(count, width + cap - 1, self._captured.shape[-1], dtype=self._captured.dtype)
                 first = 0 if t == 0 else end - 1
-                states[alive, first:end] = self._captured.cpu() if self.device.type != "cpu" else self._captured
-            drawn, drawn_logprobs = sample(output.logits[:, -1], u[alive, t], sampling.temperature, self.token_bias)
-            tokens[alive, t], logprobs[alive, t] = drawn.cpu(), drawn_logprobs.cpu()
-            if self.on_progress is not None:
-                self.on_progress(int((~stopped[alive]).sum()))
-            ended = torch.isin(drawn, self.eos_ids).cpu()
-            if stops.stop:
-                for i, row in enumerate(alive.tolist()):
-                    if not ended[i] and not stopped[row]:
-                        stop_strings[row] = stops.hit(tokens[row, : t + 1].tolist())
-                        ended[i] = stop_strings[row] is not None
-            fresh = ended & ~stopped[alive]
-            sampled[alive[fresh]] = t + 1
-            stopped[alive[fresh]] = True
-            done = stopped[alive]
-            if bool(done.all()):
+                states[batch.alive, first:end] = self._captured.cpu() if self.device.type != "cpu" else self._captured
+            drawn = batch.draw(t, output.logits[:, -1])
+            if batch.over:
                 break
             ids = drawn[:, None]
             positions = positions[:, -1:] + 1
-            if float(done.float().mean()) >= LEAVE_FRACTION:
-                stay = (~done).nonzero()[:, 0]
-                alive = alive[stay]
-                stay = stay.to(self.device)
+            stay = batch.leave()
+            if stay is not None:
                 ids, positions, mask = ids[stay], positions[stay], mask[stay]
                 cache.batch_select_indices(stay)
         self._captured = None
 
         completions: list[Completion] = []
         for row in range(count):
-            n, pad = int(sampled[row]), width - int(lengths[row])
-            completions.append(
-                Completion(
-                    tokens=tokens[row, :n].tolist(),
-                    logprobs=logprobs[row, :n].clone(),
-                    finish_reason="stop" if bool(stopped[row]) else "length",
-                    version=self.version,
-                    stop_string=stop_strings[row],
-                    trunk_states=None if states is None else states[row, pad : width + n - 1].clone(),
-                )
-            )
+            n, pad = int(batch.lengths[row]), width - int(lengths[row])
+            kept = None if states is None else states[row, pad : width + n - 1].clone()
+            completions.append(batch.completion(row, self.version, kept))
         return completions

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from heeler.policies.loading import decoder_start_id
-from heeler.rollout.engines.draws import sample, uniforms
-from heeler.rollout.engines.native import LEAVE_FRACTION
-from heeler.rollout.engines.stopping import StopStrings
+from heeler.rollout.engines.batch import SampledBatch
 from heeler.rollout.engines.weights import WeightReceiver
 from heeler.types import Completion, Request, Sampling
 
@@ -78,14 +76,7 @@ class Seq2SeqEngine(WeightReceiver):
         count, cap = len(requests), sampling.max_new_tokens
         encoded, mask = self._encode(requests)
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        u = uniforms([r.seed for r in requests], cap)
-        stops = StopStrings(self.tokenizer, sampling.stop)
-        stop_strings: list[str | None] = [None] * count
-        tokens = torch.zeros(count, cap, dtype=torch.long)
-        logprobs = torch.zeros(count, cap)
-        sampled = torch.full((count,), cap)
-        stopped = torch.zeros(count, dtype=torch.bool)
-        alive = torch.arange(count)  # the request of each row of the batch
+        batch = SampledBatch(requests, sampling, self.eos_ids, self.token_bias, self.tokenizer, self.on_progress)
         ids = torch.full((count, 1), self.decoder_start, device=self.device)
         for t in range(cap):
             output = self.model(
@@ -95,35 +86,12 @@ class Seq2SeqEngine(WeightReceiver):
                 past_key_values=cache,
                 use_cache=True,
             )
-            drawn, drawn_logprobs = sample(output.logits[:, -1], u[alive, t], sampling.temperature, self.token_bias)
-            tokens[alive, t], logprobs[alive, t] = drawn.cpu(), drawn_logprobs.cpu()
-            if self.on_progress is not None:
-                self.on_progress(int((~stopped[alive]).sum()))
-            ended = torch.isin(drawn, self.eos_ids).cpu()
-            if stops.stop:
-                for i, row in enumerate(alive.tolist()):
-                    if not ended[i] and not stopped[row]:
-                        stop_strings[row] = stops.hit(tokens[row, : t + 1].tolist())
-                        ended[i] = stop_strings[row] is not None
-            fresh = alive[ended & ~stopped[alive]]
-            sampled[fresh], stopped[fresh] = t + 1, True
-            done = stopped[alive]
-            if bool(done.all()):
+            drawn = batch.draw(t, output.logits[:, -1])
+            if batch.over:
                 break
             ids = drawn[:, None]
-            if float(done.float().mean()) >= LEAVE_FRACTION:
-                stay = (~done).nonzero()[:, 0]
-                alive = alive[stay]
-                stay = stay.to(self.device)
+            stay = batch.leave()
+            if stay is not None:
                 ids, mask, encoded = ids[stay], mask[stay], encoded[stay]
                 cache.batch_select_indices(stay)
-        return [
-            Completion(
-                tokens=tokens[row, :n].tolist(),
-                logprobs=logprobs[row, :n].clone(),
-                finish_reason="stop" if bool(stopped[row]) else "length",
-                version=self.version,
-                stop_string=stop_strings[row],
-            )
-            for row, n in enumerate(sampled.tolist())
-        ]
+        return [batch.completion(row, self.version) for row in range(count)]
