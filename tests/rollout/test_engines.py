@@ -78,9 +78,30 @@ def test_finished_rows_leave_the_batch(tiny_llama: str) -> None:
     model = model_that_stops(tiny_llama)
     sizes: list[int] = []
     model.register_forward_pre_hook(lambda m, a, kw: sizes.append(len(kw["input_ids"])), with_kwargs=True)
-    many = [Request(prompt=[3, 4], seed=i) for i in range(32)]
+    many = [Request(prompt=[3, 4 + i], seed=i) for i in range(32)]
     NativeEngine(model, eos_ids=range(60)).generate(many, Sampling(max_new_tokens=20))
     assert sizes[0] == 32 and sizes[-1] < 16
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_prompt_of_several_samples_is_read_once(architecture: str, tmp_path: Path) -> None:
+    policy = LanguageModelPolicy(
+        model_that_stops(save_tiny_model(tmp_path, architecture)), trainable=TopLayers(layers=1), critic=ValueHead()
+    )
+    shapes: list[tuple[int, int]] = []
+    policy.engine_model.register_forward_pre_hook(
+        lambda m, a, kw: shapes.append(tuple(kw["input_ids"].shape)), with_kwargs=True
+    )
+    engine = NativeEngine(policy.engine_model, eos_ids=range(40), trunk_layers=policy.num_trunk_layers or None)
+    sampling = Sampling(max_new_tokens=8)
+    groups = [Request(prompt=p, seed=draw_seed(3, i, s)) for s in range(3) for i, p in enumerate(PROMPTS)]
+    together = engine.generate(groups, sampling)
+    assert shapes[0] == (5, 6) and shapes[1][1] == 1 and shapes[1][0] > 5
+    for request, completion in zip(groups, together, strict=True):
+        (alone,) = engine.generate([request], sampling)
+        same([completion], [alone])
+        if alone.trunk_states is not None:
+            torch.testing.assert_close(completion.trunk_states, alone.trunk_states, atol=1e-4, rtol=1e-4)
 
 
 def test_publish_is_a_transaction_that_moves_the_samples(tiny_llama: str) -> None:

@@ -1,8 +1,8 @@
 """The native engine: batched sampling from any transformers causal LM.
 
-Prompts are padded on the left, keys and values lie in preallocated buffers, finished rows leave the batch, and
-no logits are kept. Where the trainer has a frozen trunk, the hidden states at its boundary are kept on the way:
-the trainer then never runs the trunk at all.
+Prompts are padded on the left, a prompt that is sampled several times is read once, keys and values lie in
+preallocated buffers, finished rows leave the batch, and no logits are kept. Where the trainer has a frozen trunk, the
+hidden states at its boundary are kept on the way: the trainer then never runs the trunk at all.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class NativeEngine(WeightReceiver):
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         self.check_ready()
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
+        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt), requests[i].prompt))
         completions: list[Completion | None] = [None] * len(requests)
         for start in range(0, len(order), self.max_rows):
             rows = order[start : start + self.max_rows]
@@ -107,11 +107,14 @@ class NativeEngine(WeightReceiver):
     def _batch(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
         lengths = torch.tensor([len(r.prompt) for r in requests])
         width, cap, count = int(lengths.max()), sampling.max_new_tokens, len(requests)
-        ids = torch.zeros(count, width, dtype=torch.long)
-        mask = torch.zeros(count, width + cap, dtype=torch.long)
-        for row, request in enumerate(requests):
-            ids[row, width - len(request.prompt) :] = torch.tensor(request.prompt)
-            mask[row, width - len(request.prompt) :] = 1
+        prompts = list(dict.fromkeys(tuple(r.prompt) for r in requests))
+        number = {prompt: i for i, prompt in enumerate(prompts)}
+        owners = torch.tensor([number[tuple(r.prompt)] for r in requests])  # (count,) the row that reads its prompt
+        ids = torch.zeros(len(prompts), width, dtype=torch.long)
+        mask = torch.zeros(len(prompts), width + cap, dtype=torch.long)
+        for row, prompt in enumerate(prompts):
+            ids[row, width - len(prompt) :] = torch.tensor(prompt)
+            mask[row, width - len(prompt) :] = 1
         positions = (mask[:, :width].cumsum(1) - 1).clamp(min=0)
         ids, mask, positions = ids.to(self.device), mask.to(self.device), positions.to(self.device)
         batch = SampledBatch(requests, sampling, self.eos_ids, self.token_bias, self.tokenizer, self.on_progress)
@@ -129,12 +132,18 @@ class NativeEngine(WeightReceiver):
                 use_cache=True,
                 logits_to_keep=1,
             )
-            if self.keeps_states and self._captured is not None:
+            logits, reached = output.logits[:, -1], self._captured if self.keeps_states else None
+            if t == 0 and len(prompts) < count:  # from here on every request has a row
+                rows = owners.to(self.device)
+                logits, positions, mask = logits[rows], positions[rows], mask[rows]
+                reached = None if reached is None else reached[rows]
+                cache.batch_select_indices(rows)
+            if reached is not None:
                 if states is None:
-                    states = torch.empty(count, width + cap - 1, self._captured.shape[-1], dtype=self._captured.dtype)
+                    states = torch.empty(count, width + cap - 1, reached.shape[-1], dtype=reached.dtype)
                 first = 0 if t == 0 else end - 1
-                states[batch.alive, first:end] = self._captured.cpu() if self.device.type != "cpu" else self._captured
-            drawn = batch.draw(t, output.logits[:, -1])
+                states[batch.alive, first:end] = reached.cpu()
+            drawn = batch.draw(t, logits)
             if batch.over:
                 break
             ids = drawn[:, None]
