@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from heeler.policies.inputs import PaddedRows, TokenInputs
 from heeler.policies.loading import SCORE_KEY, model_folder
 from heeler.policies.logprobs import token_logprobs
-from heeler.policies.splitting import layer_list, shared_copy, split, top_parameters
+from heeler.policies.splitting import full_attention, layer_list, shared_copy, split, top_parameters
 from heeler.runtime.packages import quiet_transformers, require
 from heeler.types import HeelerError, Inputs, PolicyOutput
 
@@ -169,6 +169,7 @@ class LanguageModelPolicy:
         self._reference_lm: Any = model if reference_model is None else reference_model.requires_grad_(False)
         self._split(reference_model)
         self._build_critic(critic, critic_source)
+        self.shares_prompts = self._can_share_prompts()
 
     # what is trained ------------------------------------------------------------------------------------------
 
@@ -406,13 +407,40 @@ class LanguageModelPolicy:
             hidden = hidden.detach()
         return self.value_network(hidden.float())[..., 0]
 
+    def _rows(self, inputs: TokenInputs) -> PaddedRows:
+        shared = inputs.shared() if self.shares_prompts else None
+        return inputs.padded() if shared is None else shared
+
+    @torch.no_grad()
+    def _can_share_prompts(self) -> bool:
+        """Whether samples of one prompt may share its tokens: tried on two, against rows of their own."""
+        ids = torch.arange(1, 9, device=self.device) % self.model.config.get_text_config().vocab_size
+        probe = TokenInputs(
+            tokens=ids[[0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 7, 6, 5]],
+            lengths=torch.tensor([7, 7], device=self.device),
+            is_decision=torch.tensor([False] * 4 + [True] * 3, device=self.device).repeat(2),
+        )
+        shared = probe.shared()
+        assert shared is not None
+        with self._autocast():
+            try:
+                states = self._hidden(self.model.base_model, shared, None)[shared.rows, shared.columns]
+            except (TypeError, ValueError, RuntimeError, IndexError):
+                return False  # the model takes no mask of this form
+            alone = probe.padded()
+            expected = self._hidden(self.model.base_model, alone, None)[alone.rows, alone.columns]
+        tolerance = 1e-4 if self.precision == "fp32" else 3e-2
+        close = bool(torch.allclose(states, expected, atol=tolerance * float(expected.abs().max()), rtol=tolerance))
+        return close and full_attention(self.model.config)
+
     def evaluate(self, inputs: Inputs, pack_tokens: int | None = None) -> PolicyOutput:
         """Log-probabilities, entropies and values of the decisions, with gradients.
 
-        With `pack_tokens` sequences share rows of that many tokens instead of being padded to the longest.
+        With `pack_tokens` sequences share rows of that many tokens instead of being padded to the longest. Otherwise
+        samples of one prompt share it where the model can (`shares_prompts`).
         """
         assert isinstance(inputs, TokenInputs)
-        rows = inputs.padded() if pack_tokens is None else inputs.packed(pack_tokens)
+        rows = self._rows(inputs) if pack_tokens is None else inputs.packed(pack_tokens)
         states = self.trunk_states(rows)
         with self._autocast():
             logprobs, entropy, hidden = self._logprobs(self.top, self.model, rows, states)
@@ -427,7 +455,7 @@ class LanguageModelPolicy:
             The policy's output on the `[n]` decisions, the reference's log-probabilities `[n]`, and `[I]` the
             values after each sequence's last token (0 unless `last_values`).
         """
-        rows = inputs.padded(include_last=last_values)
+        rows = inputs.padded(include_last=True) if last_values else self._rows(inputs)
         states = self.trunk_states(rows)
         with self._autocast():
             logprobs, entropy, hidden = self._logprobs(self.top, self.model, rows, states)
@@ -439,14 +467,6 @@ class LanguageModelPolicy:
             after = grid[torch.arange(len(rows.lengths)), rows.lengths - 1]
         output = PolicyOutput(logprobs=logprobs, entropy=entropy, values=grid[rows.rows, rows.columns])
         return output, ref_logprobs, after
-
-    @torch.no_grad()
-    def score_reference(self, inputs: TokenInputs) -> Tensor:
-        """The reference's log-probabilities of the decisions, `[n]`."""
-        rows = inputs.padded()
-        with self._autocast(), self.reference_weights():
-            states = self.trunk_states(rows)
-            return self._logprobs(self.reference_top, self._reference_model(), rows, states)[0]
 
     def reference_weights(self) -> AbstractContextManager[Any]:
         """Inside, the model is the reference: adapters are off (LoRA); otherwise the reference has its own top."""

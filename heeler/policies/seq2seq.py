@@ -253,9 +253,3 @@ class Seq2SeqPolicy(LanguageModelPolicy):
             after = grid[torch.arange(len(rows.lengths), device=grid.device), rows.lengths - 1]
         output = PolicyOutput(logprobs=logprobs, entropy=entropy, values=grid[rows.rows, rows.columns])
         return output, ref_logprobs, after
-
-    @torch.no_grad()
-    def score_reference(self, inputs: TokenInputs) -> Tensor:
-        """The reference's log-probabilities of the decisions, `[n]`."""
-        with self._autocast():
-            return self._decide(self._reference_lm, self._rows(inputs))[0]

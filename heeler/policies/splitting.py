@@ -25,6 +25,13 @@ class _ZeroPositions(nn.Module):
         return torch.zeros((), device=position_ids.device)
 
 
+def full_attention(config: Any) -> bool:
+    """Whether every layer attends to everything before it: no sliding windows, no recurrent layers."""
+    text_config = config.get_text_config(decoder=True)
+    kinds = set(getattr(text_config, "layer_types", None) or ["full_attention"])
+    return kinds == {"full_attention"} and not getattr(text_config, "sliding_window", None)
+
+
 def layer_list(base: nn.Module) -> tuple[str, nn.ModuleList] | None:
     """The attribute that holds a base model's decoder layers, or None where there is no such list."""
     num_layers = getattr(base.config, "num_hidden_layers", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,6 @@ def test_logprobs_equal_plain_transformers(architecture: str, way: Trainable, tm
     shake(policy)
     output, ref_logprobs, _ = policy.score(inputs)
     torch.testing.assert_close(ref_logprobs, original, atol=1e-4, rtol=1e-4)  # the reference did not move
-    torch.testing.assert_close(policy.score_reference(inputs), original, atol=1e-4, rtol=1e-4)
     exported = plain_logprobs(policy.export_model(), inputs, 0.8).detach()  # what is published is what is trained
     torch.testing.assert_close(output.logprobs, exported, atol=1e-4, rtol=1e-4)
     assert float((output.logprobs - original).abs().max()) > 1e-3
@@ -241,3 +241,96 @@ def test_sequences_that_share_a_row_are_blind_to_each_other(architecture: str, a
         for a, b in zip(packed_gradients, gradients, strict=True):
             torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
     assert len(inputs.packed(64).lengths) == 1 and len(inputs.packed(1).lengths) == 3
+
+
+def groups(vocab: int = 257, seed: int = 0) -> TokenInputs:
+    """Eleven completions of four prompts, mixed up; some end at once, one prompt has a single completion."""
+    generator = torch.Generator().manual_seed(seed)
+    prompts = [torch.randint(1, vocab, (n,), generator=generator) for n in (6, 9, 7, 1)]
+    tokens, lengths, is_decision = [], [], []
+    for k in (0, 1, 0, 2, 1, 0, 3, 1, 1, 0, 3):
+        new = torch.randint(1, vocab, (int(torch.randint(1, 5, (1,), generator=generator)),), generator=generator)
+        tokens += [prompts[k], new]
+        lengths.append(len(prompts[k]) + len(new))
+        is_decision += [torch.zeros(len(prompts[k]), dtype=torch.bool), torch.ones(len(new), dtype=torch.bool)]
+    return TokenInputs(tokens=torch.cat(tokens), lengths=torch.tensor(lengths), is_decision=torch.cat(is_decision))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_shared_layout_shows_each_decision_what_its_sequence_holds(seed: int) -> None:
+    """Read back through mask and positions, the context of every decision is its own sequence up to there."""
+    inputs = groups(seed=seed)
+    rows = inputs.shared()
+    assert rows is not None
+    assert int((rows.sequence >= 0).sum()) < int((inputs.lengths - 1).sum())  # pyright: ignore
+    visible = rows.visible()[:, 0]
+    n = 0
+    for start, length in zip(inputs.starts.tolist(), inputs.lengths.tolist(), strict=True):
+        for t in range(length):
+            if inputs.is_decision[start + t]:
+                row, column = int(rows.rows[n]), int(rows.columns[n])
+                seen = visible[row, column].nonzero()[:, 0]
+                order = rows.positions[row, seen].argsort()  # pyright: ignore
+                assert rows.ids[row, seen[order]].tolist() == inputs.tokens[start : start + t].tolist()
+                assert rows.positions[row, seen[order]].tolist() == list(range(t))  # pyright: ignore
+                assert int(rows.tokens[n]) == int(inputs.tokens[start + t])
+                n += 1
+    assert n == len(rows.tokens)
+    assert sequences().shared() is None  # nothing in common: nothing to gain
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("critic", [ValueHead(detach=False), SeparateCritic()], ids=str)
+def test_samples_that_share_their_prompt(
+    architecture: str, attention: str, critic: ValueHead | SeparateCritic, tmp_path: Path
+) -> None:
+    """Log-probabilities, entropies, values, reference and gradients equal those of rows of their own."""
+    model = load_causal_lm(save_tiny_model(tmp_path, architecture))
+    model.set_attn_implementation(attention)
+    policy = LanguageModelPolicy(model, trainable=TopLayers(layers=2), critic=critic)
+    shake(policy)
+    inputs = groups()
+    parameters = [p for group in policy.parameter_groups() for p in group["params"]]
+    shapes: list[int] = []
+    policy.top.register_forward_pre_hook(
+        lambda m, a, kw: shapes.append(next(iter(kw.values())).shape[:2].numel()), with_kwargs=True
+    )
+
+    def look(share: bool) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        policy.shares_prompts = share
+        output = policy.evaluate(inputs)
+        gradients = torch.autograd.grad((output.logprobs + output.values).sum(), parameters)
+        scored, reference, _ = policy.score(inputs)
+        return [output.logprobs, output.entropy, output.values, scored.logprobs, reference], list(gradients)
+
+    assert policy.shares_prompts  # found by trying
+    for a, b in zip(look(True), look(False), strict=True):
+        for x, y in zip(a, b, strict=True):
+            torch.testing.assert_close(x, y, atol=1e-4, rtol=1e-3)
+    assert shapes[0] < 0.8 * shapes[-1]
+
+
+def test_kept_states_of_a_shared_prompt(tiny_llama: str) -> None:
+    policy = LanguageModelPolicy(load_causal_lm(tiny_llama), trainable=TopLayers(layers=1), critic=ValueHead())
+    inputs = groups()
+    with torch.no_grad():
+        plain = policy.evaluate(inputs)
+        states = [
+            policy.trunk(input_ids=inputs.tokens[None, s : s + n]).last_hidden_state[0]
+            for s, n in zip(inputs.starts.tolist(), inputs.lengths.tolist(), strict=True)
+        ]
+        kept = policy.evaluate(replace(inputs, trunk_states=torch.cat(states)))
+    torch.testing.assert_close(kept.logprobs, plain.logprobs, atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_of_windows_does_not_share(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.MistralConfig(
+        vocab_size=97, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=4, pad_token_id=None,
+    )  # fmt: skip
+    model = transformers.MistralForCausalLM(config)
+    policy = LanguageModelPolicy(model, trainable=Full(), critic=ValueHead())
+    assert not policy.shares_prompts

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from heeler.policies.splitting import layer_list
+from heeler.policies.splitting import full_attention, layer_list
 from heeler.rollout.engines.batch import SampledBatch
 from heeler.rollout.engines.weights import WeightReceiver
 from heeler.types import Completion, HeelerError, Request, Sampling
@@ -46,11 +46,9 @@ def _make_cache(config: Any, capacity: int) -> Any:
         def get_seq_length(self) -> int:
             return self.length
 
-    text_config = config.get_text_config(decoder=True)
-    kinds = set(getattr(text_config, "layer_types", None) or ["full_attention"])
-    if kinds != {"full_attention"} or getattr(text_config, "sliding_window", None):
+    if not full_attention(config):
         return DynamicCache(config=config)
-    return Cache(layers=[BufferedLayer() for _ in range(text_config.num_hidden_layers)])
+    return Cache(layers=[BufferedLayer() for _ in range(config.get_text_config(decoder=True).num_hidden_layers)])
 
 
 class NativeEngine(WeightReceiver):
