@@ -462,7 +462,7 @@ class LanguageModelPolicy:
             grid = self._values(hidden, rows, states).float()
             with self.reference_weights():
                 ref_logprobs, _, _ = self._logprobs(self.reference_top, self._reference_model(), rows, states)
-        after = grid.new_zeros(len(rows.lengths))
+        after = grid.new_zeros(len(inputs.lengths))
         if last_values:
             after = grid[torch.arange(len(rows.lengths)), rows.lengths - 1]
         output = PolicyOutput(logprobs=logprobs, entropy=entropy, values=grid[rows.rows, rows.columns])

@@ -301,8 +301,8 @@ def test_samples_that_share_their_prompt(
         policy.shares_prompts = share
         output = policy.evaluate(inputs)
         gradients = torch.autograd.grad((output.logprobs + output.values).sum(), parameters)
-        scored, reference, _ = policy.score(inputs)
-        return [output.logprobs, output.entropy, output.values, scored.logprobs, reference], list(gradients)
+        scored, reference, after = policy.score(inputs)
+        return [output.logprobs, output.entropy, output.values, scored.logprobs, reference, after], list(gradients)
 
     assert policy.shares_prompts  # found by trying
     for a, b in zip(look(True), look(False), strict=True):
