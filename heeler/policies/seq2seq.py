@@ -129,6 +129,7 @@ class Seq2SeqPolicy(LanguageModelPolicy):
         self.token_bias = None if token_bias is None else token_bias.to(self.device)
         self.decoder_start = decoder_start_id(model)
         self.peft_model: Any = None
+        self.shares_prompts = False
         self.trunk: Any = None
         self.critic_body: Any = None
 

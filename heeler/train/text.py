@@ -83,6 +83,7 @@ class TextConfig:
         engine: "native", or "hf" for transformers' generate.
         engine_rows: completions sampled at once.
         reuse_trunk_states: let the engine keep the frozen trunk's hidden states for the trainer.
+        share_prompts: let samples of one prompt share its tokens in the trainer's forward passes.
         precision: "auto" measures; fp32 or bf16.
         device: "auto" takes a GPU where there is one.
         threads: CPU threads; None takes all.
@@ -123,6 +124,7 @@ class TextConfig:
     engine: Literal["native", "hf"] = "native"
     engine_rows: int = 128
     reuse_trunk_states: bool = True
+    share_prompts: bool = True
     precision: machine.Precision = "auto"
     device: str = "auto"
     threads: int | None = None
@@ -324,6 +326,7 @@ def build_text_run(
         seed=config.seed,
         token_bias=bias,
     )
+    policy.shares_prompts = policy.shares_prompts and config.share_prompts
     keep_states = config.reuse_trunk_states and policy.trunk is not None and config.truncation != "bootstrap"
     engine: Engine
     if seq2seq:

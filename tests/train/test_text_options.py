@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
 from heeler import Full, HeelerError, LoRA, PPOConfig, Sampling, TextConfig, TopLayers, train_text
+from heeler.policies.inputs import TokenInputs
 from heeler.policies.language_model import LanguageModelPolicy, ValueHead
 from heeler.policies.loading import load_causal_lm, load_tokenizer
 from heeler.policies.token_masks import MASKED, AllTokens, OnlyTokens, WithoutTokens, token_bias
@@ -209,3 +210,26 @@ def test_a_mask_and_a_stop_on_the_command_line(tmp_path: Path, monkeypatch: pyte
     words += ["trainable:top-layers", "--trainable.layers", "1", "tokens:only-tokens", "--tokens.texts"]
     assert main([*words, "e", "q"]) == 0
     assert main([*words, "never"]) == 2
+
+
+@pytest.mark.parametrize("truncation", ["terminal", "bootstrap"])
+def test_sharing_prompts_changes_no_figure(
+    tiny_llama: str, tmp_path: Path, truncation: Literal["terminal", "bootstrap"]
+) -> None:
+    prompts = ["abc def ghi jkl", "mno pqr stu vwx yz", "once upon a time"]
+    rows: list[list[dict[str, Any]]] = []
+    for share in (True, False):
+        config = small(
+            tiny_llama, tmp_path / str(share), samples_per_prompt=6, prompts_per_update=3, share_prompts=share,
+            truncation=truncation,
+        )  # fmt: skip
+        run = train_text(config, prompts=prompts, reward=vowels, show=False)
+        inputs = run.collector().collect(0).inputs
+        assert isinstance(inputs, TokenInputs) and inputs.shared() is not None
+        assert run.policy.shares_prompts is share
+        rows.append(numbers(tmp_path / str(share)))
+    assert len(rows[0]) == 4
+    for a, b in zip(*rows, strict=True):
+        assert {k: v for k, v in a.items() if v is not None} == pytest.approx(
+            {k: v for k, v in b.items() if v is not None}, rel=1e-3, abs=1e-4
+        )
