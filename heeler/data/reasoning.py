@@ -48,7 +48,8 @@ def reasoning_gym_prompts(task: str, size: int, seed: int, **kwargs: Any) -> lis
     for number in range(size):
         entry = dataset[number]
         try:
-            stored = json.loads(json.dumps({**entry, "config": kwargs}))
+            # fractions and the like among a task's notes become text; the answer is checked below
+            stored = json.loads(json.dumps({**entry, "config": kwargs}, default=str))
         except (TypeError, ValueError) as error:
             raise HeelerError(f"the task {task} cannot be written as JSON ({error}): choose another") from error
         answer = stored["answer"]

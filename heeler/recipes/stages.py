@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from heeler.rollout.engines.draws import GREEDY
 from heeler.runtime.progress import say
 from heeler.runtime.runs import read_json, write_json
 from heeler.train.report import figures_table
@@ -76,10 +77,29 @@ def figures_of(model: str, config: TextConfig, file: Path, show: bool = True) ->
     return read_json(file)
 
 
+def greedy_figures(model: str, config: TextConfig, file: Path, show: bool = True) -> dict[str, float]:
+    """Mean reward and judges of each held-out prompt's most likely completion, kept in `file`.
+
+    Draws at temperature 1 also gain when a policy only grows surer of what it preferred before; these do not.
+    """
+    if not file.exists():
+        say(f"evaluating {model}, the most likely tokens", show)
+        sampling = replace(config.sampling, temperature=GREEDY)
+        run = build_text_run(replace(config, model=model, prompts="", sampling=sampling))
+        assert run.eval_prompts is not None
+        run.publish()
+        rollout = run.rollout(run.eval_prompts, [0] * len(run.eval_prompts))
+        samples = run.samples_of(rollout)
+        figures = {"reward/greedy": float(run.judge(rollout).scores.mean())}
+        figures |= {f"{name}/greedy": float(judge(samples).scores.mean()) for name, judge in run.judges.items()}
+        write_json(file, figures)
+    return read_json(file)
+
+
 def finish(out: Path, stages: Mapping[str, Mapping[str, float]], keep: Sequence[str], more: Mapping[str, Any]) -> None:
     """Write OUT/summary.json and print the table of the stages."""
     write_json(out / "summary.json", {"stages": stages, **more})
     shown = {title: {name: figures[name] for name in keep if name in figures} for title, figures in stages.items()}
-    print("\nThe same held-out prompts, drawn at temperature 1:")
+    print("\nThe same held-out prompts, drawn at temperature 1 where the figure does not say greedy:")
     print(figures_table(shown))
     print(f"{out}/summary.json has all figures; heeler sample {out}/ppo --prompt ...")

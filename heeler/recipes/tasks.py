@@ -19,18 +19,46 @@ from heeler.ppo.kl import FixedKL
 from heeler.ppo.schedules import Schedule
 from heeler.ppo.update import PPOConfig
 from heeler.recipes.imdb import smollm2_folder
-from heeler.recipes.stages import figures_of, finish, ppo_stage, sft_stage, write_rows
+from heeler.recipes.stages import figures_of, finish, greedy_figures, ppo_stage, sft_stage, write_rows
 from heeler.train.run import default_out
 from heeler.train.sft import SFTConfig
 from heeler.train.text import TextConfig
 from heeler.types import Sampling
 
-# tasks of Reasoning Gym: their own configuration, and the length cap of an answer in tokens
-TASKS: dict[str, tuple[dict[str, Any], int]] = {
-    "chain_sum": ({"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}, 6),
-    "gsm_symbolic": ({}, 6),
-    "syllogism": ({}, 4),
-    "knights_knaves": ({"n_people": 2, "depth_constraint": 2, "width_constraint": 2}, 24),
+
+@dataclass(frozen=True, kw_only=True)
+class Task:
+    """How a task of Reasoning Gym is set, and how it is trained.
+
+    Attributes:
+        options: its own configuration.
+        answer_tokens: length cap of an answer.
+        examples: worked examples of the fine-tuning.
+        prompts: questions of an update; each is answered `samples` times, and read once for all of them.
+        samples: answers to each.
+        updates: PPO updates.
+    """
+
+    options: dict[str, Any]
+    answer_tokens: int
+    examples: int
+    prompts: int = 32
+    samples: int = 8
+    updates: int = 30
+
+
+TASKS = {
+    "chain_sum": Task(
+        options={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}, answer_tokens=6, examples=1500
+    ),
+    "gsm_symbolic": Task(options={}, answer_tokens=6, examples=600, prompts=16),
+    "syllogism": Task(options={}, answer_tokens=3, examples=400),
+    "knights_knaves": Task(
+        options={"n_people": 2, "depth_constraint": 2, "width_constraint": 2},
+        answer_tokens=24,
+        examples=400,
+        prompts=16,
+    ),
 }
 
 FIRST_LINE = r"reasoning-gym(^\s*([^\n]*))"  # of the completion is the answer
@@ -44,8 +72,8 @@ class Arithmetic:
         task: which one.
         out: the folder of all stages; runs/TASK where None.
         seed: of every draw.
-        examples: worked examples of the fine-tuning.
-        updates: PPO updates.
+        examples: worked examples of the fine-tuning; None takes the task's own number.
+        updates: PPO updates; None takes the task's own number.
         eval_prompts: questions of unseen seeds.
         threads: CPU threads; None takes all.
     """
@@ -53,8 +81,8 @@ class Arithmetic:
     task: Literal["chain_sum", "gsm_symbolic", "syllogism", "knights_knaves"] = "chain_sum"
     out: str | None = None
     seed: int = 1
-    examples: int = 2000
-    updates: int = 30
+    examples: int | None = None
+    updates: int | None = None
     eval_prompts: int = 256
     threads: int | None = None
 
@@ -80,15 +108,28 @@ class QA:
 
 def run_arithmetic(recipe: Arithmetic, show: bool = True) -> Path:
     """The whole recipe; the folder of its stages."""
-    out = Path(recipe.out or default_out(recipe.task))
-    options, answer_tokens = TASKS[recipe.task]
-    size = recipe.examples + 2000 + recipe.eval_prompts
-    rows = _distinct(reasoning_gym_prompts(recipe.task, size, seed=recipe.seed, **options))
+    out, task = Path(recipe.out or default_out(recipe.task)), TASKS[recipe.task]
+    examples = task.examples if recipe.examples is None else recipe.examples
+    size = examples + 2000 + recipe.eval_prompts
+    rows = _distinct(reasoning_gym_prompts(recipe.task, size, seed=recipe.seed, **task.options))
+    rows = [{**r, "prompt": _asked(r["prompt"])} for r in rows]
     held_out, rest = rows[: recipe.eval_prompts], rows[recipe.eval_prompts :]
-    solved = [{"prompt": _asked(r["prompt"]), "completion": f" {r['answer']}"} for r in rest[: recipe.examples]]
-    prompts = [{**r, "prompt": _asked(r["prompt"])} for r in rest[-2000:]]
-    held_out = [{**r, "prompt": _asked(r["prompt"])} for r in held_out]
-    return _train(out, solved, prompts, held_out, FIRST_LINE, answer_tokens, 1.0, recipe, (), show)
+    solved = [{"prompt": r["prompt"], "completion": f" {r['answer']}"} for r in rest[:examples]]
+    config = TextConfig(
+        model=str(out / "sft"),
+        prompts=write_rows(out / "data" / "prompts.jsonl", rest[-2000:]),
+        eval_prompts=write_rows(out / "data" / "held_out.jsonl", held_out),
+        reward=FIRST_LINE,
+        out=str(out / "ppo"),
+        seed=recipe.seed,
+        updates=task.updates if recipe.updates is None else recipe.updates,
+        threads=recipe.threads,
+        prompts_per_update=task.prompts,
+        samples_per_prompt=task.samples,
+        sampling=Sampling(max_new_tokens=task.answer_tokens),
+        **_PPO,
+    )
+    return _train(out, solved, config, 1.0, show)
 
 
 def run_qa(recipe: QA, show: bool = True) -> Path:
@@ -96,7 +137,34 @@ def run_qa(recipe: QA, show: bool = True) -> Path:
     out = Path(recipe.out or default_out("qa"))
     known, held_out = country_questions(held_out=False), country_questions(held_out=True)
     solved = [{"prompt": r["prompt"], "completion": f" {r['answer']}"} for r in known]
-    return _train(out, solved, known, held_out, "f1", 12, recipe.epochs, recipe, ("exact=exact-match",), show)
+    config = TextConfig(
+        model=str(out / "sft"),
+        prompts=write_rows(out / "data" / "prompts.jsonl", known),
+        eval_prompts=write_rows(out / "data" / "held_out.jsonl", held_out),
+        reward="f1",
+        judges=("exact=exact-match",),
+        out=str(out / "ppo"),
+        seed=recipe.seed,
+        updates=recipe.updates,
+        threads=recipe.threads,
+        prompts_per_update=32,
+        samples_per_prompt=8,
+        sampling=Sampling(max_new_tokens=12),
+        **_PPO,
+    )
+    return _train(out, solved, config, recipe.epochs, show)
+
+
+_PPO: dict[str, Any] = {
+    "trainable": TopLayers(layers=10),
+    "kl": FixedKL(coef=0.01),
+    "lr": 1e-4,
+    "critic_lr": 1e-3,
+    "lr_schedule": Schedule(shape="linear", warmup=4, end=0.2),
+    "advantage": AdvantageConfig(gamma=1.0, lam=1.0),
+    "ppo": PPOConfig(epochs=2, minibatches=2, target_kl=0.05),
+    "engine_rows": 256,
+}
 
 
 def _asked(question: str) -> str:
@@ -108,55 +176,28 @@ def _distinct(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list({row["prompt"]: row for row in rows}.values())
 
 
-def _train(
-    out: Path,
-    solved: list[dict[str, Any]],
-    prompts: list[dict[str, Any]],
-    held_out: list[dict[str, Any]],
-    reward: str,
-    answer_tokens: int,
-    epochs: float,
-    recipe: Arithmetic | QA,
-    judges: tuple[str, ...],
-    show: bool,
-) -> Path:
+def _train(out: Path, solved: list[dict[str, Any]], config: TextConfig, epochs: float, show: bool) -> Path:
+    """Fine-tune on the solved questions, then PPO by `config`; figures of the base model and of both stages."""
     model = str(smollm2_folder(show))
     sft_stage(
         SFTConfig(
             model=model,
             data=write_rows(out / "data" / "solved.jsonl", solved),
             out=str(out / "sft"),
-            seed=recipe.seed,
+            seed=config.seed,
             epochs=epochs,
             trainable=TopLayers(layers=10),
             lr=2e-4,
-            threads=recipe.threads,
+            threads=config.threads,
         ),
         show,
-    )
-    config = TextConfig(
-        model=str(out / "sft"),
-        prompts=write_rows(out / "data" / "prompts.jsonl", prompts),
-        eval_prompts=write_rows(out / "data" / "held_out.jsonl", held_out),
-        reward=reward,
-        judges=judges,
-        out=str(out / "ppo"),
-        seed=recipe.seed,
-        updates=recipe.updates,
-        threads=recipe.threads,
-        prompts_per_update=64,
-        samples_per_prompt=2,
-        sampling=Sampling(max_new_tokens=answer_tokens),
-        trainable=TopLayers(layers=10),
-        kl=FixedKL(coef=0.01),
-        lr=3e-5,
-        critic_lr=1e-3,
-        lr_schedule=Schedule(shape="linear", warmup=3, end=0.1),
-        advantage=AdvantageConfig(gamma=1.0, lam=1.0),
-        ppo=PPOConfig(epochs=2, minibatches=2),
     )
     base = figures_of(model, config, out / "base.json", show)
     ppo = ppo_stage(config, show)
     stages = {"base": base, "SFT": ppo["eval/before"], "SFT+PPO": ppo["eval/after"]}
-    finish(out, stages, ("reward", "exact", "length", "truncated_fraction", "kl/ref"), {"reward": reward})
+    for name, folder in {"SFT": "sft", "SFT+PPO": "ppo"}.items():
+        greedy = greedy_figures(str(out / folder), config, out / f"greedy_{folder}.json", show)
+        stages[name] = {**stages[name], **greedy}
+    keep = ("reward", "exact", "reward/greedy", "exact/greedy", "length", "truncated_fraction", "kl/ref")
+    finish(out, stages, keep, {"reward": config.reward})
     return out

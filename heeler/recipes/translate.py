@@ -27,7 +27,7 @@ from heeler.ppo.kl import FixedKL
 from heeler.ppo.schedules import Schedule
 from heeler.ppo.update import PPOConfig
 from heeler.recipes.imdb import cache_folder
-from heeler.rollout.engines.draws import draw_seed
+from heeler.rollout.engines.draws import GREEDY, draw_seed
 from heeler.rollout.engines.seq2seq import Seq2SeqEngine
 from heeler.rollout.text import decode
 from heeler.runtime.packages import require
@@ -37,8 +37,6 @@ from heeler.train.run import default_out
 from heeler.train.sft import SFTConfig, resume_sft, train_sft
 from heeler.train.text import TextConfig, TextRun, train_text
 from heeler.types import Request, Sampling
-
-GREEDY = 1e-4  # temperature at which a draw is the most likely token, unless two are within a few of these in logit
 
 
 @dataclass(frozen=True, kw_only=True)

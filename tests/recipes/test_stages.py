@@ -82,10 +82,10 @@ def test_answers_of_reasoning_gym_are_taken_from_the_first_line() -> None:
     from tests.tiny import samples_of
 
     reward = load_reward(tasks.FIRST_LINE)
-    for task, (options, _) in tasks.TASKS.items():
-        row = reasoning_gym_prompts(task, 1, seed=3, **options)[0]
+    for name, task in tasks.TASKS.items():
+        row = reasoning_gym_prompts(name, 1, seed=3, **task.options)[0]
         texts = [f" {row['answer']}", f" {row['answer']}\nThe next line", "", " something else"]
-        columns = {name: [row[name]] * 4 for name in ("answer", "task", "entry")}
+        columns = {key: [row[key]] * 4 for key in ("answer", "task", "entry")}
         assert reward(samples_of([row["prompt"]] * 4, texts, **columns)).scores.tolist()[:3] == [1.0, 1.0, 0.0]
 
 

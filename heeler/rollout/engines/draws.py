@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+GREEDY = 1e-4  # temperature at which a draw is the most likely token, unless two are within a few of these in logit
+
 
 def draw_seed(*key: int) -> int:
     """A 63-bit seed from integers such as (seed, update, prompt, sample)."""
