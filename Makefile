@@ -35,9 +35,11 @@ unit: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
-# the tables and pictures of docs/results.md: three seeds of the demo (an hour on two cores), the control recipes (hours)
+# the tables and pictures of docs/results.md: three seeds of the demo (an hour on two cores), of the
+# language tasks and the control recipes (hours)
 results: $(STAMP)
 	$(BIN)/python benchmarks/imdb_results.py
+	$(BIN)/python benchmarks/task_results.py
 	$(BIN)/python benchmarks/control_results.py
 
 # side by side with others in environments of their own: one update with TRL; steps/s with SB3, CleanRL and PureJaxRL

@@ -4,8 +4,9 @@
     [start, y_1, ..., y_{T-1}], states -> decoder -> output layer -> log p(y_t), entropy
                                                  \\-> value head  -> V before y_t
 
-Everything trains, the encoder too, so both halves run in every forward pass; only sampling encodes once. The
-reference is a frozen copy. Relative positions keep sequences from sharing rows: every sequence has its own.
+Everything trains, the encoder too, so both halves run in every forward pass; a source with several translations is
+encoded once for all of them. The reference is a frozen copy. Relative positions keep sequences from sharing rows:
+every target has its own.
 """
 
 from __future__ import annotations
@@ -29,8 +30,9 @@ class Seq2SeqRows:
     """Sources and targets of B sequences, padded on the right; the pads are 0.
 
     Attributes:
-        source: `[B, S]` what the encoder reads.
-        source_mask: `[B, S]` 1 at real tokens. The decoder needs no mask: it is causal, and its pads come last.
+        source: `[P, S]` what the encoder reads: each distinct source once.
+        source_mask: `[P, S]` 1 at real tokens. The decoder needs no mask: it is causal, and its pads come last.
+        owner: `[B]` the source of each target.
         decoder_ids: `[B, T]` the decoder's start and the target, each token one place later.
         rows, columns: `[n]` where each decision is predicted.
         tokens: `[n]` the sampled tokens.
@@ -39,6 +41,7 @@ class Seq2SeqRows:
 
     source: Tensor
     source_mask: Tensor
+    owner: Tensor
     decoder_ids: Tensor
     rows: Tensor
     columns: Tensor
@@ -56,13 +59,14 @@ def source_and_target(inputs: TokenInputs, decoder_start: int, *, include_last: 
     item = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
     position = torch.arange(len(inputs.tokens), device=device) - inputs.starts[item]
     decided = inputs.is_decision
-    sources = lengths.scatter_reduce(0, item[decided], position[decided], "amin")  # (B,) tokens before the target
+    sources, owner = inputs.beginnings  # (B,) tokens before the target, and which source they are
     fed = (lengths - sources + int(include_last)).clamp(min=1)  # (B,) decoder inputs, the start included
     in_source, target = position < sources[item], position - sources[item]
-    source = inputs.tokens.new_zeros(len(lengths), int(sources.max()))
-    source[item[in_source], position[in_source]] = inputs.tokens[in_source]
+    source = inputs.tokens.new_zeros(int(owner.max()) + 1, int(sources.max()))
+    at = owner[item[in_source]], position[in_source]  # written once for each target: the same tokens
+    source[at] = inputs.tokens[in_source]
     source_mask = torch.zeros_like(source)
-    source_mask[item[in_source], position[in_source]] = 1
+    source_mask[at] = 1
     decoder_ids = inputs.tokens.new_zeros(len(lengths), int(fed.max()))
     decoder_ids[:, 0] = decoder_start
     read = ~in_source & (target + 1 < fed[item])
@@ -70,6 +74,7 @@ def source_and_target(inputs: TokenInputs, decoder_start: int, *, include_last: 
     return Seq2SeqRows(
         source=source,
         source_mask=source_mask,
+        owner=owner,
         decoder_ids=decoder_ids,
         rows=item[decided],
         columns=target[decided],
@@ -129,7 +134,7 @@ class Seq2SeqPolicy(LanguageModelPolicy):
         self.token_bias = None if token_bias is None else token_bias.to(self.device)
         self.decoder_start = decoder_start_id(model)
         self.peft_model: Any = None
-        self.shares_prompts = False
+        self.shares_prompts = True
         self.trunk: Any = None
         self.critic_body: Any = None
 
@@ -154,7 +159,7 @@ class Seq2SeqPolicy(LanguageModelPolicy):
         head = self.model.get_output_embeddings()
         if isinstance(head, nn.Linear):
             ids = torch.arange(1, 9, device=self.device)[None] % head.weight.shape[0]
-            given = Seq2SeqRows(ids, torch.ones_like(ids), ids, ids[0], ids[0], ids[0], ids[0])
+            given = Seq2SeqRows(ids, torch.ones_like(ids), 0 * ids[0, :1], ids, ids[0], ids[0], ids[0], ids[0])
             with torch.no_grad():
                 logits = self._whole(self.model, given).logits.float()
                 hidden = self._decoder_states(self.model, given)
@@ -180,8 +185,8 @@ class Seq2SeqPolicy(LanguageModelPolicy):
 
     def _whole(self, model: Any, rows: Seq2SeqRows) -> Any:
         return model(
-            input_ids=rows.source,
-            attention_mask=rows.source_mask,
+            input_ids=rows.source[rows.owner],
+            attention_mask=rows.source_mask[rows.owner],
             decoder_input_ids=rows.decoder_ids,
             use_cache=False,
             output_hidden_states=True,
@@ -192,8 +197,8 @@ class Seq2SeqPolicy(LanguageModelPolicy):
         encoded = model.get_encoder()(input_ids=rows.source, attention_mask=rows.source_mask).last_hidden_state
         return model.get_decoder()(
             input_ids=rows.decoder_ids,
-            encoder_hidden_states=encoded,
-            encoder_attention_mask=rows.source_mask,
+            encoder_hidden_states=encoded[rows.owner],
+            encoder_attention_mask=rows.source_mask[rows.owner],
             use_cache=False,
         ).last_hidden_state
 

@@ -83,7 +83,7 @@ class TextConfig:
         engine: "native", or "hf" for transformers' generate.
         engine_rows: completions sampled at once.
         reuse_trunk_states: let the engine keep the frozen trunk's hidden states for the trainer.
-        share_prompts: let samples of one prompt share its tokens in the trainer's forward passes.
+        share_prompts: read a prompt once for all its samples, in the native engine and in the trainer's forward passes.
         precision: "auto" measures; fp32 or bf16.
         device: "auto" takes a GPU where there is one.
         threads: CPU threads; None takes all.
@@ -347,6 +347,7 @@ def build_text_run(
             trunk_layers=policy.num_trunk_layers if keep_states else None,
             token_bias=bias,
             tokenizer=tokenizer,
+            share_prompts=config.share_prompts,
         )
     if precision == "bf16":
         config = replace(config, ppo=replace(config.ppo, ratio_tolerance=max(config.ppo.ratio_tolerance, 0.05)))

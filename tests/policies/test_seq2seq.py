@@ -61,6 +61,30 @@ def test_logprobs_equal_plain_transformers(architecture: str, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("architecture", SEQ2SEQ)
+def test_a_source_with_several_targets_is_encoded_once(architecture: str, tmp_path: Path) -> None:
+    """Log-probabilities and gradients are those of the sequences one by one."""
+    policy = policy_of(save_tiny_seq2seq(tmp_path, architecture))
+    shake(policy)
+    sequences = [SEQUENCES[k] for k in (1, 0, 1, 3)] + [([5, 6, 7], [40, 41]), ([1], [9])]
+    inputs = inputs_of(sequences)
+    parameters = [p for p in policy.model.parameters() if p.requires_grad]
+    sizes: list[int] = []
+    hook = policy.model.get_encoder().register_forward_pre_hook(
+        lambda m, a, given: sizes.append(len(given["input_ids"])), with_kwargs=True
+    )
+    together = policy.evaluate(inputs).logprobs
+    hook.remove()
+    assert sizes == [3]
+    alone = [policy.evaluate(inputs_of([sequence])).logprobs for sequence in sequences]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-4, rtol=1e-4)
+    weights = torch.linspace(-1, 2, len(together))
+    gradients = torch.autograd.grad((weights * together).sum(), parameters)
+    expected = torch.autograd.grad((weights * torch.cat(alone)).sum(), parameters)
+    for a, b in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("architecture", SEQ2SEQ)
 def test_gradients_equal_cross_entropy_on_labels(architecture: str, tmp_path: Path) -> None:
     """transformers' own loss on padded labels, its sum over the targets; the encoder's weights are among them."""
     policy = policy_of(save_tiny_seq2seq(tmp_path, architecture))

@@ -65,9 +65,13 @@ def test_the_engine_equals_a_plain_loop(architecture: str, tmp_path: Path) -> No
 def test_the_source_is_encoded_once_a_batch(tmp_path: Path) -> None:
     model = load_seq2seq_lm(save_tiny_seq2seq(tmp_path))
     calls: list[int] = []
-    model.get_encoder().register_forward_hook(lambda m, a, out: calls.append(1))
+    model.get_encoder().register_forward_hook(lambda m, a, out: calls.append(len(out.last_hidden_state)))
     Seq2SeqEngine(model, eos_ids=[], max_rows=3).generate(requests(), Sampling(max_new_tokens=6))
-    assert len(calls) == 2
+    assert calls == [3, 2]
+    calls.clear()
+    several = [Request(prompt=[5, 6], seed=1), Request(prompt=[7, 8], seed=2), Request(prompt=[5, 6], seed=3)]
+    Seq2SeqEngine(model, eos_ids=[], max_rows=3).generate(several, Sampling(max_new_tokens=6))
+    assert calls == [2]  # a source that is sampled twice too
 
 
 def test_a_request_samples_the_same_whatever_shares_its_batch(tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ class NativeEngine(WeightReceiver):
         trunk_layers: keep the hidden states after this many layers; None keeps nothing.
         token_bias: `[V]` added to the logits (a token mask), or None.
         tokenizer: finds stop strings; needed only where `Sampling.stop` is used.
+        share_prompts: read a prompt of several requests once.
     """
 
     def __init__(
@@ -72,9 +73,10 @@ class NativeEngine(WeightReceiver):
         trunk_layers: int | None = None,
         token_bias: Tensor | None = None,
         tokenizer: Any = None,
+        share_prompts: bool = True,
     ) -> None:
         super().__init__(model)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.share_prompts = tokenizer, share_prompts
         self.max_rows = max_rows
         self.device = next(model.parameters()).device
         self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long, device=self.device)
@@ -105,9 +107,11 @@ class NativeEngine(WeightReceiver):
     def _batch(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
         lengths = torch.tensor([len(r.prompt) for r in requests])
         width, cap, count = int(lengths.max()), sampling.max_new_tokens, len(requests)
-        prompts = list(dict.fromkeys(tuple(r.prompt) for r in requests))
-        number = {prompt: i for i, prompt in enumerate(prompts)}
-        owners = torch.tensor([number[tuple(r.prompt)] for r in requests])  # (count,) the row that reads its prompt
+        prompts, owners = [tuple(r.prompt) for r in requests], torch.arange(count)
+        if self.share_prompts:
+            number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
+            owners = torch.tensor([number[prompt] for prompt in prompts])  # (count,) the row that reads its prompt
+            prompts = list(number)
         ids = torch.zeros(len(prompts), width, dtype=torch.long)
         mask = torch.zeros(len(prompts), width + cap, dtype=torch.long)
         for row, prompt in enumerate(prompts):

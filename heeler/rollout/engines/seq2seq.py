@@ -59,15 +59,17 @@ class Seq2SeqEngine(WeightReceiver):
         return [completions[i] for i in range(len(requests))]
 
     def _encode(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor]:
-        """`(states [B, S, H], mask [B, S])` of the sources, padded on the right."""
-        width = max(len(r.prompt) for r in requests)
-        ids = torch.zeros(len(requests), width, dtype=torch.long)
+        """`(states [B, S, H], mask [B, S])` of the sources, padded on the right, each distinct one encoded once."""
+        number = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(r.prompt) for r in requests))}
+        ids = torch.zeros(len(number), max(map(len, number)), dtype=torch.long)
         mask = torch.zeros_like(ids)
-        for row, request in enumerate(requests):
-            ids[row, : len(request.prompt)] = torch.tensor(request.prompt)
-            mask[row, : len(request.prompt)] = 1
+        for prompt, row in number.items():
+            ids[row, : len(prompt)] = torch.tensor(prompt)
+            mask[row, : len(prompt)] = 1
         ids, mask = ids.to(self.device), mask.to(self.device)
-        return self.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state, mask
+        owner = torch.tensor([number[tuple(r.prompt)] for r in requests], device=self.device)
+        states = self.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+        return states[owner], mask[owner]
 
     def _batch(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         from transformers.cache_utils import DynamicCache, EncoderDecoderCache

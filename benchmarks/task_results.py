@@ -1,0 +1,208 @@
+"""The results of the recipes of several stages over several seeds: docs/results.md and a picture of their curves.
+
+    python benchmarks/task_results.py [--tasks qa translate] [--seeds 1 2 3] [--parallel 2] [--collect-only]
+
+Each run is one `heeler` command of COMMANDS with `--seed S --threads 1`, as many side by side as `--parallel` says:
+two runs with a thread each train more an hour on two cores than one after the other with both. Stages that are
+complete are not repeated, so the command can be continued. What a row has no run for is left out, and the table says
+how many seeds it stands on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from pages import hardware, replace_section  # noqa: E402
+
+COMMANDS = {
+    "chain_sum": ("ppo", "arithmetic", "--task", "chain_sum"),
+    "syllogism": ("ppo", "arithmetic", "--task", "syllogism"),
+    "knights_knaves": ("ppo", "arithmetic", "--task", "knights_knaves"),
+    "gsm_symbolic": ("ppo", "arithmetic", "--task", "gsm_symbolic"),
+    "qa": ("ppo", "qa"),
+    "translate": ("ppo", "translate"),
+    "rlhf": ("rlhf", "imdb"),
+}
+
+TITLES = {
+    "chain_sum": "Sums of Reasoning Gym (chain_sum): share of right answers",
+    "syllogism": "Syllogisms of Reasoning Gym: share of right answers",
+    "knights_knaves": "Knights and knaves of Reasoning Gym: score",
+    "gsm_symbolic": "GSM-symbolic of Reasoning Gym, answer at once: share of right answers",
+    "qa": "Questions about countries that no training question names",
+    "translate": "English into French, JupyterLab's interface",
+    "rlhf": "RLHF on movie reviews",
+}
+
+FIGURES = {
+    "reward": "reward, draws at temperature 1",
+    "reward/greedy": "reward, most likely tokens",
+    "exact": "exact match, draws",
+    "exact/greedy": "exact match, most likely tokens",
+    "sampled/chrf": "corpus chrF, draws",
+    "greedy/chrf": "corpus chrF, most likely tokens",
+    "sampled/bleu": "corpus BLEU, draws",
+    "greedy/bleu": "corpus BLEU, most likely tokens",
+    "sentiment": "judge: probability of positive",
+    "vader": "judge: VADER, -1 to 1",
+    "words": "judge: bag of words, probability",
+    "nats": "nats a token under SmolLM2 as it came",
+    "distinct_2": "distinct_2",
+    "duplicates": "duplicates",
+    "length": "length, tokens",
+    "truncated_fraction": "cut at the length cap",
+    "kl/ref": "KL to the fine-tuned policy, nats a sequence",
+}
+
+OF_TASK = {
+    "rlhf": ("reward", "sentiment", "vader", "words", "nats", "distinct_2", "duplicates", "length", "kl/ref"),
+    "translate": ("reward", "sampled/chrf", "greedy/chrf", "sampled/bleu", "greedy/bleu", "length", "kl/ref"),
+    "qa": ("reward", "reward/greedy", "exact", "exact/greedy", "length", "kl/ref"),
+}
+
+
+def stages(task: str, folder: Path) -> dict[str, dict[str, float]]:
+    """Figures by stage."""
+    summary = json.loads((folder / "summary.json").read_text())
+    if task != "translate":
+        return summary["stages"]
+    return {
+        name: {**summary[f"eval/{when}"], **summary["corpus"][when]}
+        for name, when in (("SFT", "before"), ("SFT+PPO", "after"))
+    }
+
+
+def ppo_folder(task: str, folder: Path) -> Path:
+    return folder if task == "translate" else folder / "ppo"
+
+
+def minutes(task: str, folder: Path) -> tuple[float, float]:
+    """Minutes of the stages before PPO, and of PPO (evaluations aside)."""
+    summary = json.loads((ppo_folder(task, folder) / "summary.json").read_text())
+    if task == "translate":
+        return summary["sft"]["seconds"] / 60, summary["seconds/ppo"] / 60
+    before = json.loads((folder / "sft" / "summary.json").read_text())["seconds"]
+    if (folder / "reward" / "summary.json").exists():
+        before += json.loads((folder / "reward" / "summary.json").read_text()).get("seconds", 0.0)
+    return before / 60, summary["seconds/ppo"] / 60
+
+
+def spread(values: list[float]) -> str:
+    return f"{mean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
+
+
+def section(task: str, runs: dict[int, Path]) -> list[str]:
+    found = {seed: stages(task, folder) for seed, folder in runs.items()}
+    names = list(next(iter(found.values())))
+    config = json.loads((ppo_folder(task, next(iter(runs.values()))) / "config.json").read_text())["config"]
+    before, after = zip(*(minutes(task, folder) for folder in runs.values()), strict=True)
+    keys = [
+        key
+        for key in OF_TASK.get(task, ("reward", "reward/greedy", "length", "kl/ref"))
+        if any(key in figures for figures in next(iter(found.values())).values())
+    ]
+    lines = [
+        f"### {TITLES[task]}",
+        "",
+        f"`heeler {' '.join(COMMANDS[task])}`, seed{'s' * (len(runs) > 1)} {', '.join(map(str, runs))};"
+        f" {config['updates']} updates of {config['prompts_per_update']} prompts with {config['samples_per_prompt']}"
+        f" completions each. On one thread {mean(before):.0f} minutes before PPO and {mean(after):.0f} of PPO.",
+        "",
+        f"| figure | {' | '.join(names)} | change by PPO |",
+        "|---" * (len(names) + 2) + "|",
+    ]
+    for key in keys:
+        cells = [
+            spread([f[name][key] for f in found.values()]) if all(key in f[name] for f in found.values()) else ""
+            for name in names
+        ]
+        change = [f["SFT+PPO"][key] - f["SFT"][key] for f in found.values()]
+        lines.append(f"| {FIGURES[key]} | {' | '.join(cells)} | {spread(change)} |")
+    return [*lines, ""]
+
+
+def picture(found: dict[str, dict[int, Path]], file: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(found), figsize=(3.6 * len(found), 3.2), layout="constrained", squeeze=False)
+    for axis, (task, runs) in zip(axes[0], found.items(), strict=True):
+        for seed, folder in runs.items():
+            rows = [json.loads(line) for line in (ppo_folder(task, folder) / "metrics.jsonl").read_text().splitlines()]
+            rewards = [row["reward/mean"] for row in rows]
+            smooth = [mean(rewards[max(0, i - 4) : i + 1]) for i in range(len(rewards))]
+            axis.plot([row["step"] for row in rows], smooth, label=f"seed {seed}")
+        axis.set(title=task, xlabel="PPO update")
+        axis.grid(alpha=0.3)
+        axis.legend()
+    axes[0][0].set_ylabel("reward of the rollouts, mean of 5 updates")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+
+
+def train(wanted: list[tuple[str, int, Path]], parallel: int) -> None:
+    """The missing runs, `parallel` at a time, the output of each beside its folder."""
+    waiting = [w for w in wanted if not (w[2] / "summary.json").exists()]
+    running: list[tuple[subprocess.Popen[bytes], Path]] = []
+    while waiting or running:
+        while waiting and len(running) < parallel:
+            task, seed, folder = waiting.pop(0)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            command = [sys.executable, "-m", "heeler.cli", *COMMANDS[task], "--seed", str(seed), "--out", str(folder)]
+            log = folder.with_suffix(".log")
+            with log.open("wb") as stream:
+                process = subprocess.Popen([*command, "--threads", "1"], cwd=ROOT, stdout=stream, stderr=stream)
+            running.append((process, log))
+        process, log = running.pop(0)
+        if process.wait():
+            sys.exit(f"a run failed with status {process.returncode}: see {log}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--tasks", nargs="+", choices=list(COMMANDS), default=["chain_sum", "syllogism", "qa", "translate", "rlhf"]
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "tasks")
+    parser.add_argument("--parallel", type=int, default=2)
+    parser.add_argument("--collect-only", action="store_true")
+    arguments = parser.parse_args()
+    wanted = [(t, s, arguments.runs / f"{t}-{s}") for s in arguments.seeds for t in arguments.tasks]
+    if not arguments.collect_only:
+        train(wanted, arguments.parallel)
+    found: dict[str, dict[int, Path]] = {}
+    for task, seed, folder in sorted(wanted, key=lambda w: (arguments.tasks.index(w[0]), w[1])):
+        summary = folder / "summary.json"
+        text = summary.read_text() if summary.exists() else ""
+        if '"stages"' in text or ('"corpus"' in text and '"eval/after"' in text):
+            found.setdefault(task, {})[seed] = folder
+    if not found:
+        sys.exit(f"no complete run in {arguments.runs}")
+    picture(found, ROOT / "docs" / "images" / "task_curves.png")
+    lines = [
+        "## Recipes of several stages",
+        "",
+        f"Made by `python benchmarks/task_results.py`. Hardware: {hardware()}. Every run had one thread, two side by"
+        " side. The same held-out prompts for every stage; ± is the standard deviation over seeds.",
+        "",
+        *[line for task, runs in found.items() for line in section(task, runs)],
+        "![Rewards of the rollouts over the updates](images/task_curves.png)",
+        "",
+    ]
+    replace_section(ROOT / "docs" / "results.md", "tasks", lines)
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
