@@ -69,30 +69,18 @@ OF_TASK = {
 }
 
 
-def stages(task: str, folder: Path) -> dict[str, dict[str, float]]:
+def stages(folder: Path) -> dict[str, dict[str, float]]:
     """Figures by stage."""
-    summary = json.loads((folder / "summary.json").read_text())
-    if task != "translate":
-        return summary["stages"]
-    return {
-        name: {**summary[f"eval/{when}"], **summary["corpus"][when]}
-        for name, when in (("SFT", "before"), ("SFT+PPO", "after"))
-    }
+    return json.loads((folder / "summary.json").read_text())["stages"]
 
 
-def ppo_folder(task: str, folder: Path) -> Path:
-    return folder if task == "translate" else folder / "ppo"
-
-
-def minutes(task: str, folder: Path) -> tuple[float, float]:
+def minutes(folder: Path) -> tuple[float, float]:
     """Minutes of the stages before PPO, and of PPO (evaluations aside)."""
-    summary = json.loads((ppo_folder(task, folder) / "summary.json").read_text())
-    if task == "translate":
-        return summary["sft"]["seconds"] / 60, summary["seconds/ppo"] / 60
-    before = json.loads((folder / "sft" / "summary.json").read_text())["seconds"]
-    if (folder / "reward" / "summary.json").exists():
-        before += json.loads((folder / "reward" / "summary.json").read_text()).get("seconds", 0.0)
-    return before / 60, summary["seconds/ppo"] / 60
+    before, ppo = 0.0, json.loads((folder / "ppo" / "summary.json").read_text())["seconds/ppo"]
+    for stage in ("sft", "reward"):
+        if (folder / stage / "summary.json").exists():
+            before += json.loads((folder / stage / "summary.json").read_text())["seconds"]
+    return before / 60, ppo / 60
 
 
 def spread(values: list[float]) -> str:
@@ -100,10 +88,10 @@ def spread(values: list[float]) -> str:
 
 
 def section(task: str, runs: dict[int, Path]) -> list[str]:
-    found = {seed: stages(task, folder) for seed, folder in runs.items()}
+    found = {seed: stages(folder) for seed, folder in runs.items()}
     names = list(next(iter(found.values())))
-    config = json.loads((ppo_folder(task, next(iter(runs.values()))) / "config.json").read_text())["config"]
-    before, after = zip(*(minutes(task, folder) for folder in runs.values()), strict=True)
+    config = json.loads((next(iter(runs.values())) / "ppo" / "config.json").read_text())["config"]
+    before, after = zip(*(minutes(folder) for folder in runs.values()), strict=True)
     keys = [
         key
         for key in OF_TASK.get(task, ("reward", "reward/greedy", "length", "kl/ref"))
@@ -138,7 +126,7 @@ def picture(found: dict[str, dict[int, Path]], file: Path) -> None:
     figure, axes = plt.subplots(1, len(found), figsize=(3.6 * len(found), 3.2), layout="constrained", squeeze=False)
     for axis, (task, runs) in zip(axes[0], found.items(), strict=True):
         for seed, folder in runs.items():
-            rows = [json.loads(line) for line in (ppo_folder(task, folder) / "metrics.jsonl").read_text().splitlines()]
+            rows = [json.loads(line) for line in (folder / "ppo" / "metrics.jsonl").read_text().splitlines()]
             rewards = [row["reward/mean"] for row in rows]
             smooth = [mean(rewards[max(0, i - 4) : i + 1]) for i in range(len(rewards))]
             axis.plot([row["step"] for row in rows], smooth, label=f"seed {seed}")
@@ -183,9 +171,7 @@ def main() -> None:
         train(wanted, arguments.parallel)
     found: dict[str, dict[int, Path]] = {}
     for task, seed, folder in sorted(wanted, key=lambda w: (arguments.tasks.index(w[0]), w[1])):
-        summary = folder / "summary.json"
-        text = summary.read_text() if summary.exists() else ""
-        if '"stages"' in text or ('"corpus"' in text and '"eval/after"' in text):
+        if (folder / "summary.json").exists():
             found.setdefault(task, {})[seed] = folder
     if not found:
         sys.exit(f"no complete run in {arguments.runs}")

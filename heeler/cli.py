@@ -107,6 +107,11 @@ def _ppo(words: list[str]) -> int:
 
         run_qa(_parse(QA, rest, "heeler ppo qa"))
         return 0
+    if recipe == "translate":
+        from heeler.recipes.translate import Translate, run_translate
+
+        run_translate(_parse(Translate, rest, "heeler ppo translate"))
+        return 0
     if recipe == "imdb":
         from heeler.recipes.imdb import IMDB, run_imdb
 
@@ -115,12 +120,6 @@ def _ppo(words: list[str]) -> int:
         from heeler.train.dialogue import DialogueConfig, train_dialogue
 
         run = train_dialogue(_parse(DialogueConfig, rest, "heeler ppo dialogue"))
-    elif recipe == "translate":
-        from heeler.recipes.translate import Translate, print_corpus, run_translate
-
-        chosen = _parse(Translate, rest, "heeler ppo translate")
-        run = run_translate(chosen)
-        print_corpus(run, chosen)
     else:
         from heeler.train.text import TextConfig, train_text
 

@@ -1,7 +1,7 @@
 """`heeler ppo translate`: a small T5 learns to translate JupyterLab's interface from English into French.
 
 1. A tokenizer is learnt on the training pairs, and a T5 of a few million weights starts from random ones.
-2. Supervised fine-tuning on the training pairs; the weights with the lowest validation loss are kept, in the cache.
+2. Supervised fine-tuning on the training pairs; the weights with the lowest validation loss are kept.
 3. PPO on the training sources: the reward is the sentence chrF of a sampled translation, with a KL penalty to the
    fine-tuned model.
 4. Corpus chrF and BLEU on the test pairs, before and after PPO, for greedy and for sampled translations.
@@ -9,13 +9,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -26,16 +23,16 @@ from heeler.ppo.advantages import AdvantageConfig
 from heeler.ppo.kl import FixedKL
 from heeler.ppo.schedules import Schedule
 from heeler.ppo.update import PPOConfig
-from heeler.recipes.imdb import cache_folder
+from heeler.recipes.stages import finish, ppo_stage, sft_stage, write_rows
 from heeler.rollout.engines.draws import GREEDY, draw_seed
 from heeler.rollout.engines.seq2seq import Seq2SeqEngine
 from heeler.rollout.text import decode
 from heeler.runtime.packages import require
 from heeler.runtime.progress import say
-from heeler.runtime.runs import read_json
+from heeler.runtime.runs import read_json, write_json
 from heeler.train.run import default_out
-from heeler.train.sft import SFTConfig, resume_sft, train_sft
-from heeler.train.text import TextConfig, TextRun, train_text
+from heeler.train.sft import SFTConfig
+from heeler.train.text import TextConfig
 from heeler.types import Request, Sampling
 
 
@@ -44,7 +41,7 @@ class Translate:
     """Supervised fine-tuning, then PPO, on translations.
 
     Attributes:
-        out: PPO's run folder; runs/translate where None.
+        out: the folder of all stages; runs/translate where None.
         seed: of the first weights and every draw.
         threads: CPU threads; None takes all.
         max_words: longer sources are left out.
@@ -53,7 +50,6 @@ class Translate:
         layers: of the encoder, and of the decoder.
         sft_epochs: passes of the fine-tuning over the training pairs.
         sft_lr: its peak learning rate.
-        retrain: fine-tune again even where the result is in the cache.
         updates: PPO updates.
         prompts_per_update: sources in each.
         samples_per_prompt: translations of each source.
@@ -72,7 +68,6 @@ class Translate:
     layers: int = 3
     sft_epochs: float = 20.0
     sft_lr: float = 2e-3
-    retrain: bool = False
     updates: int = 40
     prompts_per_update: int = 64
     samples_per_prompt: int = 2
@@ -86,11 +81,6 @@ class Translate:
 def rows_of(pairs: Sequence[Pair], target: str) -> list[dict[str, str]]:
     """Rows with a "prompt", and the translation in the column `target`."""
     return [{"prompt": pair.source, target: pair.target} for pair in pairs]
-
-
-def _write(file: Path, rows: Sequence[dict[str, str]]) -> str:
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-    return str(file)
 
 
 def start_model(recipe: Translate, folder: Path) -> None:
@@ -115,6 +105,7 @@ def start_model(recipe: Translate, folder: Path) -> None:
             **{"decoder_start_token_id": tokenizer.pad_token_id},  # as in the published T5s
         )
     )
+    folder.parent.mkdir(parents=True, exist_ok=True)
     aside = folder.with_name(folder.name + ".partial")
     shutil.rmtree(aside, ignore_errors=True)
     model.save_pretrained(aside)
@@ -122,15 +113,15 @@ def start_model(recipe: Translate, folder: Path) -> None:
     aside.rename(folder)
 
 
-def sft_config(recipe: Translate, folder: Path) -> SFTConfig:
-    """The fine-tuning as a plain `heeler sft` run in `folder`, whose data lie beside it."""
+def sft_config(recipe: Translate, out: Path) -> SFTConfig:
+    """The fine-tuning as a plain `heeler sft` run."""
     parts = translation_pairs(recipe.max_words)
     updates = max(1, round(recipe.sft_epochs * len(parts["train"]) / 32))
     return SFTConfig(
-        model=str(folder / "start"),
-        data=_write(folder / "train.jsonl", rows_of(parts["train"], "completion")),
-        eval_data=_write(folder / "validation.jsonl", rows_of(parts["validation"], "completion")),
-        out=str(folder / "sft"),
+        model=str(out / "start"),
+        data=write_rows(out / "data" / "train.jsonl", rows_of(parts["train"], "completion")),
+        eval_data=write_rows(out / "data" / "validation.jsonl", rows_of(parts["validation"], "completion")),
+        out=str(out / "sft"),
         seed=recipe.seed,
         updates=updates,
         examples_per_update=32,
@@ -144,41 +135,16 @@ def sft_config(recipe: Translate, folder: Path) -> SFTConfig:
     )
 
 
-def fine_tuned(recipe: Translate, show: bool = True) -> tuple[Path, dict[str, Any]]:
-    """The fine-tuned model's run folder in the cache, trained or continued where it is not complete; its summary."""
-    settings = {
-        name: getattr(recipe, name)
-        for name in ("seed", "max_words", "vocab_size", "width", "layers", "sft_epochs", "sft_lr")
-    }
-    key = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=4).hexdigest()
-    folder = cache_folder() / f"translate-{key}"
-    if recipe.retrain:
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(exist_ok=True)
-    if not (folder / "start" / "config.json").exists():
-        start_model(recipe, folder / "start")
-    run = folder / "sft"
-    if not (run / "summary.json").exists():
-        if any(run.glob("checkpoints/*")):
-            resume_sft(run, show=show)
-        else:
-            shutil.rmtree(run, ignore_errors=True)
-            train_sft(sft_config(recipe, folder), show=show)
-    summary = read_json(run / "summary.json")
-    say(f"fine-tuned: validation loss {summary['eval/after']['loss']:.3f} nats a token, kept in {run}", show)
-    return run, summary
-
-
-def text_config(recipe: Translate, model: Path, out: str) -> TextConfig:
+def text_config(recipe: Translate, out: Path) -> TextConfig:
     """PPO as a plain `heeler ppo lm` run."""
-    parts, folder = translation_pairs(recipe.max_words), model.parent
+    parts = translation_pairs(recipe.max_words)
     return TextConfig(
-        model=str(model),
-        prompts=_write(folder / "prompts.jsonl", rows_of(parts["train"], "answer")),
-        eval_prompts=_write(folder / "test.jsonl", rows_of(parts["test"][: recipe.test_pairs], "answer")),
+        model=str(out / "sft"),
+        prompts=write_rows(out / "data" / "prompts.jsonl", rows_of(parts["train"], "answer")),
+        eval_prompts=write_rows(out / "data" / "test.jsonl", rows_of(parts["test"][: recipe.test_pairs], "answer")),
         reward="chrf",
         judges=("bleu",),
-        out=out,
+        out=str(out / "ppo"),
         seed=recipe.seed,
         updates=recipe.updates,
         prompts_per_update=recipe.prompts_per_update,
@@ -226,26 +192,22 @@ def corpus_figures(model: str, pairs: Sequence[Pair], max_new_tokens: int, seed:
     return figures
 
 
-def run_translate(recipe: Translate, show: bool = True) -> TextRun:
-    """The whole recipe, end to end; the corpus figures go into summary.json under "corpus"."""
+def run_translate(recipe: Translate, show: bool = True) -> Path:
+    """The whole recipe; the folder of its stages."""
     require("sacrebleu", "translate")
-    out = recipe.out or default_out("translate")
-    model, sft = fine_tuned(recipe, show)
+    out = Path(recipe.out or default_out("translate"))
+    if not (out / "start" / "config.json").exists():
+        start_model(recipe, out / "start")
+    sft = sft_stage(sft_config(recipe, out), show)
+    say(f"fine-tuned: validation loss {sft['eval/after']['loss']:.3f} nats a token", show)
+    ppo = ppo_stage(text_config(recipe, out), show)
     pairs = translation_pairs(recipe.max_words)["test"][: recipe.test_pairs]
-    config = text_config(recipe, model, out)
-    before = corpus_figures(str(model), pairs, recipe.max_new_tokens, recipe.seed)
-    extra = {"sft": {name: sft[name] for name in ("updates", "seconds", "eval/after")}, "corpus": {"before": before}}
-    run = train_text(config, extra=extra, show=show)
-    assert run.folder is not None
-    policy = str(run.folder.path / "policy")
-    run.summary["corpus"]["after"] = corpus_figures(policy, pairs, recipe.max_new_tokens, recipe.seed)
-    run.folder.write_summary(run.summary)
-    return run
-
-
-def print_corpus(run: TextRun, recipe: Translate) -> None:
-    """The corpus figures before and after PPO."""
-    from heeler.train.report import figures_table
-
-    print(f"\nCorpus figures on {min(recipe.test_pairs, len(run.eval_prompts or []))} test pairs:")
-    print(figures_table(run.summary["corpus"]))
+    stages: dict[str, dict[str, float]] = {}
+    for name, folder, when in (("SFT", "sft", "before"), ("SFT+PPO", "ppo", "after")):
+        file = out / f"corpus_{folder}.json"
+        if not file.exists():
+            write_json(file, corpus_figures(str(out / folder), pairs, recipe.max_new_tokens, recipe.seed))
+        stages[name] = {**ppo[f"eval/{when}"], **read_json(file)}
+    keep = ("reward", "sampled/chrf", "greedy/chrf", "sampled/bleu", "greedy/bleu", "length", "kl/ref")
+    finish(out, stages, keep, {"validation": sft["eval/after"]})
+    return out

@@ -13,7 +13,7 @@ from transformers import AutoModelForSeq2SeqLM
 from heeler.data.translation import Pair, split_pairs
 from heeler.policies.loading import load_tokenizer
 from heeler.recipes import translate
-from heeler.recipes.translate import Translate, corpus_figures, fine_tuned
+from heeler.recipes.translate import Translate, corpus_figures, run_translate
 
 TINY = Translate(
     vocab_size=270, width=32, layers=1, sft_epochs=1.0, updates=2, prompts_per_update=4, max_new_tokens=6, test_pairs=5,
@@ -22,51 +22,41 @@ TINY = Translate(
 
 
 @pytest.fixture(autouse=True)
-def made_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def made_up(monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = [Pair(f"{a} {b}", f"{b}e {a}e") for a in ("red", "new", "old", "big", "dry") for b in "abcdefghijklmno"]
-    monkeypatch.setenv("HEELER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(translate, "translation_pairs", lambda max_words: split_pairs(pairs, max_words))
 
 
-def test_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_the_recipe(tmp_path: Path, capsys: Any) -> None:
     from heeler.cli import main
 
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(TINY).items() if value]
-    assert main(["ppo", "translate", "--out", str(tmp_path / "run"), *flags]) == 0
-    assert "Corpus figures on 5 test pairs" in capsys.readouterr().out
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    out = tmp_path / "run"
+    assert main(["ppo", "translate", "--out", str(out), *flags]) == 0
+    assert "greedy/bleu" in capsys.readouterr().out
+    summary = json.loads((out / "summary.json").read_text())
     names = {f"{how}/{metric}" for how in ("greedy", "sampled") for metric in ("chrf", "bleu")}
-    assert summary["corpus"].keys() == {"before", "after"}
-    assert all(figures.keys() == names for figures in summary["corpus"].values())
-    assert {"reward", "bleu"} <= summary["eval/after"].keys() and summary["updates"] == 2
-    cached = next((tmp_path / "cache").glob("translate-*"))
-    assert summary["corpus"]["before"] == corpus_figures(str(cached / "sft"), held_out(), 6, 0)
-    assert summary["corpus"]["after"] == corpus_figures(str(tmp_path / "run"), held_out(), 6, 0)
+    for stage, folder in (("SFT", "sft"), ("SFT+PPO", "ppo")):
+        figures = summary["stages"][stage]
+        assert names | {"reward", "bleu"} <= figures.keys()
+        assert {name: figures[name] for name in names} == corpus_figures(str(out / folder), held_out(), 6, 0)
+    assert summary["stages"]["SFT"] != summary["stages"]["SFT+PPO"]
     sources = [
-        {json.loads(line)["prompt"] for line in (cached / f"{name}.jsonl").read_text().splitlines()}
+        {json.loads(line)["prompt"] for line in (out / "data" / f"{name}.jsonl").read_text().splitlines()}
         for name in ("train", "validation", "prompts", "test")
     ]
     assert sources[0] == sources[2] and not sources[0] & (sources[1] | sources[3]) and not sources[1] & sources[3]
+    trained = (out / "ppo" / "metrics.jsonl").read_text()
+    assert main(["ppo", "translate", "--out", str(out), *flags]) == 0  # nothing is done twice
+    assert (out / "ppo" / "metrics.jsonl").read_text() == trained
 
 
 def held_out() -> list[Pair]:
     return list(translate.translation_pairs(16)["test"][:5])
 
 
-def test_fine_tuning_is_done_once_and_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, summary = fine_tuned(TINY, show=False)
-    monkeypatch.setattr(translate, "train_sft", None)  # a second call would raise
-    assert fine_tuned(TINY, show=False) == (folder, summary)
-    (folder / "summary.json").unlink()
-    monkeypatch.setattr(
-        translate, "resume_sft", lambda run, show: (run / "summary.json").write_text('{"eval/after": {"loss": 1}}')
-    )
-    assert fine_tuned(TINY, show=False)[1] == {"eval/after": {"loss": 1}}
-    monkeypatch.undo()
-
-
-def test_greedy_is_the_most_likely_token() -> None:
-    folder, _ = fine_tuned(replace(TINY, seed=1), show=False)
+def test_greedy_is_the_most_likely_token(tmp_path: Path) -> None:
+    folder = run_translate(replace(TINY, seed=1, out=str(tmp_path / "run")), show=False) / "sft"
     pairs = held_out()
     figures = corpus_figures(str(folder), pairs, 6, 0)
     model = AutoModelForSeq2SeqLM.from_pretrained(folder / "policy").eval()
