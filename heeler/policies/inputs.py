@@ -148,6 +148,11 @@ class TokenInputs:
         ]
         return first, torch.tensor(group, device=self.lengths.device)
 
+    @property
+    def groups(self) -> Tensor:
+        """`[I]` the prompt of each sequence: sequences with the same tokens before their first decision."""
+        return self.beginnings[1]
+
     def shared(self) -> PaddedRows | None:
         """Sequences that begin with the same undecided tokens hold them once: samples of one prompt read it together.
 

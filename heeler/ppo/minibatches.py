@@ -10,15 +10,28 @@ import torch
 from torch import Tensor
 
 
-def shuffled_minibatches(num_items: int, num_minibatches: int, generator: torch.Generator) -> list[Tensor]:
+def shuffled_minibatches(
+    num_items: int, num_minibatches: int, generator: torch.Generator, groups: Tensor | None = None
+) -> list[Tensor]:
     """`num_minibatches` disjoint index vectors that cover all items; their sizes differ by one at most.
+
+    Args:
+        num_items: of the batch.
+        num_minibatches: optimiser steps.
+        generator: of the shuffle.
+        groups: `[num_items]` numbers from 0; items of one group lie side by side, so that only a group at the edge of
+            a minibatch is split. None shuffles single items.
 
     Raises:
         ValueError: more minibatches than items.
     """
     if not 1 <= num_minibatches <= num_items:
         raise ValueError(f"cannot split {num_items} items into {num_minibatches} minibatches")
-    order = torch.randperm(num_items, generator=generator)
+    if groups is None:
+        order = torch.randperm(num_items, generator=generator)
+    else:
+        rank = torch.randperm(int(groups.max()) + 1, generator=generator)
+        order = torch.argsort(rank[groups.cpu()], stable=True)
     return list(order.tensor_split(num_minibatches))
 
 

@@ -20,6 +20,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ from heeler.ppo.kl import kl_estimate
 from heeler.ppo.losses import clipped_surrogate, is_clipped, ratio, value_loss
 from heeler.ppo.minibatches import budgeted_microbatches, decision_indices, shuffled_minibatches
 from heeler.ppo.moments import explained_variance
-from heeler.types import CheckFailed, Inputs, Optimizer, Policy, PolicyOutput, Reduce, TrainBatch
+from heeler.types import CheckFailed, HeelerError, Inputs, Optimizer, Policy, PolicyOutput, Reduce, TrainBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,8 @@ class PPOConfig:
     Attributes:
         epochs: passes over the batch.
         minibatches: optimiser steps an epoch.
+        shuffle: what is shuffled into minibatches: single sequences (or steps), or prompts with all their samples,
+            which then share the prompt's tokens.
         clip_range: eps of the clipped surrogate; `clip_range_high`, where given, is the upper one.
         value_clip: range of the value clip; None for the plain squared error.
         value_coef: weight of the value loss.
@@ -53,6 +56,7 @@ class PPOConfig:
 
     epochs: int = 1
     minibatches: int = 1
+    shuffle: Literal["sequences", "prompts"] = "sequences"
     clip_range: float = 0.2
     clip_range_high: float | None = None
     value_clip: float | None = None
@@ -204,6 +208,7 @@ def update(
     The optimiser's parameter groups may carry a `name`; "policy" and "critic" are reported by name.
 
     Raises:
+        HeelerError: prompts are to be shuffled where there are none.
         CheckFailed: the ratio is off 1 at the first minibatch, or a loss is not finite. The parameters are then
             those of the last good optimiser step.
     """
@@ -215,6 +220,9 @@ def update(
     alike = bool((costs == costs[:1]).all())  # then nothing is gained by sorting them
     columns = torch.stack([getattr(batch, name) for name in COLUMNS], dim=1)  # (N, 7): one gather a minibatch
     num_items = -int(reduce.max(-torch.tensor(len(costs))))  # the smallest share of any process
+    groups: Tensor | None = getattr(batch.inputs, "groups", None) if config.shuffle == "prompts" else None
+    if groups is None and config.shuffle == "prompts":
+        raise HeelerError("--ppo.shuffle prompts is for samples of prompts, of which this batch has none")
     record = _Record()
     grad_norms: dict[str, list[float]] = {}
     stopped = False
@@ -223,7 +231,7 @@ def update(
     for epoch in range(config.epochs):
         before = len(record.rows)
         num_minibatches = min(config.minibatches, num_items)  # fewer where there are fewer items
-        for items in shuffled_minibatches(len(costs), num_minibatches, generator) if num_items else []:
+        for items in shuffled_minibatches(len(costs), num_minibatches, generator, groups) if num_items else []:
             items = items.to(costs.device)
             if alike:
                 rows_each = max(config.token_budget // max(int(costs[0]), 1), 1)
@@ -266,8 +274,7 @@ def update(
                         f" {config.ratio_tolerance:.2g}): old and new log-probabilities take different paths; look for"
                         " dropout, another precision, or a temperature or mask applied on one side only"
                     )
-            groups = optimizer.param_groups
-            for group in groups:
+            for group in optimizer.param_groups:
                 parameters: Sequence[Tensor] = group["params"]
                 reduce.gradients(parameters)
                 norm = clip_gradients(parameters, config.max_grad_norm)

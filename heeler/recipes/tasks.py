@@ -162,7 +162,7 @@ _PPO: dict[str, Any] = {
     "critic_lr": 1e-3,
     "lr_schedule": Schedule(shape="linear", warmup=4, end=0.2),
     "advantage": AdvantageConfig(gamma=1.0, lam=1.0),
-    "ppo": PPOConfig(epochs=2, minibatches=2, target_kl=0.05),
+    "ppo": PPOConfig(epochs=2, minibatches=2, shuffle="prompts", target_kl=0.05, token_budget=8192),
     "engine_rows": 256,
 }
 

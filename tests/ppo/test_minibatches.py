@@ -24,6 +24,20 @@ def test_minibatches_hold_every_item_once_and_have_equal_sizes(num_items, num_mi
     assert max(sizes) - min(sizes) <= 1
 
 
+@given(st.integers(1, 12), st.integers(1, 6), st.integers(1, 6), st.integers(0, 5))
+def test_groups_stay_together(num_groups, size, num_minibatches, seed):
+    groups = torch.arange(num_groups).repeat(size)
+    num_minibatches = min(num_minibatches, len(groups))
+    minibatches = shuffled_minibatches(len(groups), num_minibatches, seeded(seed), groups)
+    order = torch.cat(minibatches)
+    assert sorted(order.tolist()) == list(range(len(groups)))
+    blocks = groups[order].reshape(num_groups, size)
+    assert (blocks == blocks[:, :1]).all()
+    shuffles = {tuple(groups[torch.cat(shuffled_minibatches(len(groups), 1, seeded(s), groups))]) for s in range(20)}
+    assert len(shuffles) > 1 or num_groups == 1
+    assert max(len(m) for m in minibatches) - min(len(m) for m in minibatches) <= 1
+
+
 def test_the_generator_decides_the_order():
     def order(generator):
         return torch.cat(shuffled_minibatches(20, 4, generator)).tolist()

@@ -10,7 +10,7 @@ from torch import nn
 from heeler.ppo.losses import value_loss
 from heeler.ppo.update import PPOConfig, update
 from heeler.runtime.reduce import LocalReduce
-from heeler.types import CheckFailed, PolicyOutput
+from heeler.types import CheckFailed, HeelerError, PolicyOutput
 
 from .toy import TablePolicy, flat, in_processes, make_batch, make_inputs, select_batch, updated
 
@@ -45,6 +45,18 @@ def test_micro_batches_change_nothing(budget):
     assert len(parts.evaluated) > len(whole.evaluated) == 6
     same(flat(parts), flat(whole))
     assert parts_metrics == pytest.approx(whole_metrics, rel=1e-9)
+
+
+def test_prompts_are_shuffled_with_all_their_samples():
+    policy, batch = policy_and_batch()
+    config = PPOConfig(epochs=4, minibatches=4, shuffle="prompts")
+    with pytest.raises(HeelerError, match="shuffle prompts is for samples of prompts"):
+        updated(policy, batch, config)
+    batch.inputs.__dict__["groups"] = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])  # the dataclass is frozen
+    trained, _ = updated(policy, batch, config)
+    pairs = [tuple(sorted(items)) for items in trained.evaluated]
+    assert len(pairs) == 16 and set(pairs) == {(0, 4), (1, 5), (2, 6), (3, 7)}
+    assert pairs[:4] != pairs[4:8] or pairs[:4] != pairs[8:12]  # another order in another epoch
 
 
 @pytest.mark.parametrize("shares", [[[0, 1, 2], [3, 4, 5, 6, 7]], [[5], [7, 1, 2], [0, 3, 4, 6]]])

@@ -212,16 +212,21 @@ def test_a_mask_and_a_stop_on_the_command_line(tmp_path: Path, monkeypatch: pyte
     assert main([*words, "never"]) == 2
 
 
-@pytest.mark.parametrize("truncation", ["terminal", "bootstrap"])
+@pytest.mark.parametrize(
+    ("truncation", "shuffle"), [("terminal", "sequences"), ("terminal", "prompts"), ("bootstrap", "prompts")]
+)
 def test_sharing_prompts_changes_no_figure(
-    tiny_llama: str, tmp_path: Path, truncation: Literal["terminal", "bootstrap"]
+    tiny_llama: str,
+    tmp_path: Path,
+    truncation: Literal["terminal", "bootstrap"],
+    shuffle: Literal["sequences", "prompts"],
 ) -> None:
     prompts = ["abc def ghi jkl", "mno pqr stu vwx yz", "once upon a time"]
     rows: list[list[dict[str, Any]]] = []
     for share in (True, False):
         config = small(
             tiny_llama, tmp_path / str(share), samples_per_prompt=6, prompts_per_update=3, share_prompts=share,
-            truncation=truncation,
+            truncation=truncation, ppo=PPOConfig(epochs=2, minibatches=2, shuffle=shuffle),
         )  # fmt: skip
         run = train_text(config, prompts=prompts, reward=vowels, show=False)
         inputs = run.collector().collect(0).inputs
