@@ -23,7 +23,10 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # this checkout is measured, installed or not
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # this checkout is measured, installed or not
+
+from pages import hardware  # noqa: E402
+
 TORCH, TRL = "2.13.0", "1.12.0"
 PROMPTS, WORDS, RESPONSE_TOKENS = 64, 8, 24
 LR, KL_COEF = 3e-6, 0.05  # TRL's defaults, for all: the weights and the lengths of responses hardly change
@@ -225,30 +228,6 @@ def trl_python() -> str:
 
 
 # the report ---------------------------------------------------------------------------------------------------
-
-
-def hardware() -> str:
-    """CPU, cores, memory and the matrix instructions that decide about bf16, in one line."""
-    model, flags = platform.processor() or platform.machine(), set[str]()
-    cpuinfo, meminfo = Path("/proc/cpuinfo"), Path("/proc/meminfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                model = value.strip()
-            elif key.strip() == "flags":
-                flags = set(value.split())
-    has = {
-        "AVX-512": "avx512f" in flags,
-        "AVX512-bf16": "avx512_bf16" in flags,
-        "AMX-bf16": "amx_bf16" in flags,
-    }
-    words = [model, f"{cores()} cores"]
-    if meminfo.exists():
-        total = int(meminfo.read_text(encoding="utf-8").split("MemTotal:")[1].split()[0])
-        words.append(f"{total / 2**20:.0f} GiB of memory")
-    words += [f"{name} {'yes' if present else 'no'}" for name, present in has.items()] if flags else []
-    return ", ".join(words)
 
 
 def cores() -> int:

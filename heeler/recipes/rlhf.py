@@ -22,10 +22,13 @@ import torch
 
 from heeler.data.prompts import texts_of
 from heeler.data.reviews import Part, package_folder, review_openings, reviews
+from heeler.policies.inputs import TokenInputs
 from heeler.policies.language_model import TopLayers
 from heeler.policies.loading import load_causal_lm, load_tokenizer
+from heeler.policies.logprobs import token_logprobs
 from heeler.ppo.advantages import AdvantageConfig
 from heeler.ppo.kl import FixedKL
+from heeler.ppo.minibatches import budgeted_microbatches
 from heeler.ppo.schedules import Schedule
 from heeler.ppo.update import PPOConfig
 from heeler.recipes.imdb import imdb_reward_model, smollm2_folder
@@ -182,13 +185,21 @@ def _base() -> tuple[Any, Any]:
 def nats(prompts: Any, completions: Any, **columns: Any) -> list[float]:
     """Mean negative log-likelihood of each completion's tokens under SmolLM2 as it came, nats a token."""
     model, tokenizer = _base()
-    values: list[float] = []
-    for prompt, completion in zip(prompts, completions, strict=True):
-        before = tokenizer(prompt)["input_ids"]
-        after = tokenizer(completion, add_special_tokens=False)["input_ids"]
-        if not after:
-            values.append(0.0)
-            continue
-        logp = model(input_ids=torch.tensor([[*before, *after]])).logits[0, len(before) - 1 : -1].log_softmax(-1)
-        values.append(-float(logp.gather(1, torch.tensor(after)[:, None]).mean()))
-    return values
+    before = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    after = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in completions]
+    counts = torch.tensor([len(tokens) for tokens in after])
+    inputs = TokenInputs(
+        tokens=torch.tensor([token for b, a in zip(before, after, strict=True) for token in (*b, *a)]),
+        lengths=torch.tensor([len(b) + len(a) for b, a in zip(before, after, strict=True)]),
+        is_decision=torch.tensor(
+            [d for b, a in zip(before, after, strict=True) for d in (*[False] * len(b), *[True] * len(a))]
+        ),
+    )
+    sums = torch.zeros(len(after))
+    for items in budgeted_microbatches(torch.arange(len(after)), inputs.costs, 4096):
+        rows = inputs.select(items).padded()
+        hidden = model.base_model(input_ids=rows.ids, use_cache=False).last_hidden_state[rows.rows, rows.columns]
+        logprobs, _ = token_logprobs(hidden, model.get_output_embeddings().weight, rows.tokens)
+        owner = torch.repeat_interleave(items, counts[items])
+        sums.index_add_(0, owner, -logprobs)
+    return (sums / counts.clamp(min=1)).tolist()

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from heeler.data.questions import countries, country_questions
 from heeler.data.reasoning import reasoning_gym_prompts
+from heeler.policies.loading import load_causal_lm, load_tokenizer
 from heeler.recipes import rlhf, stages, tasks
 from heeler.train.sft import SFTConfig
 from heeler.train.text import TextConfig
@@ -113,6 +115,19 @@ def test_qa_and_rlhf_run_end_to_end(tiny_smollm2: str, tmp_path: Path, monkeypat
     assert {"sentiment", "nats", "vader", "words"} <= summary["stages"]["SFT"].keys()
     assert 0 <= summary["reward_model"]["accuracy"] <= 1
     rlhf._base.cache_clear()
+
+
+def test_nats_are_the_mean_of_each_text(tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = load_causal_lm(tiny_llama), load_tokenizer(tiny_llama)
+    monkeypatch.setattr(rlhf, "_base", lambda: (model, tokenizer))
+    prompts, completions = ["once upon", "a", "the sea", "b"], [" a time", "", " is wide and", "xyz"]
+    expected: list[float] = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        before, after = tokenizer(prompt)["input_ids"], tokenizer(completion)["input_ids"]
+        logp = model(input_ids=torch.tensor([before + after])).logits[0, len(before) - 1 : -1].log_softmax(-1)
+        expected.append(-sum(float(row[token]) for row, token in zip(logp, after, strict=True)) / max(len(after), 1))
+    assert rlhf.nats(prompts, completions) == pytest.approx(expected, abs=1e-4)
+    assert expected[1] == 0 and min(expected[0], *expected[2:]) > 1
 
 
 def _prompts(file: Path) -> list[str]:

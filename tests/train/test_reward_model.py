@@ -130,7 +130,7 @@ def test_the_losses_equal_plain_loops(encoder: str) -> None:
 
 
 @pytest.mark.parametrize("base", ["encoder", "causal"])
-def test_a_model_of_preferences(encoder: str, tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_of_preferences(encoder: str, tmp_path: Path, base: str) -> None:
     """Of an encoder or a causal model: it orders held-out pairs, its scores are normalised, and it is a reward."""
     model = encoder if base == "encoder" else save_tiny_model(tmp_path / "llama", words=WORDS, std=0.1)
     summary = train_reward(task_of(model, tmp_path / "run"), data=PAIRS, show=False)
