@@ -124,7 +124,8 @@ def test_nats_are_the_mean_of_each_text(tiny_llama: str, monkeypatch: pytest.Mon
     expected: list[float] = []
     for prompt, completion in zip(prompts, completions, strict=True):
         before, after = tokenizer(prompt)["input_ids"], tokenizer(completion)["input_ids"]
-        logp = model(input_ids=torch.tensor([before + after])).logits[0, len(before) - 1 : -1].log_softmax(-1)
+        logits = model(input_ids=torch.tensor([before + after])).logits.detach()
+        logp = logits[0, len(before) - 1 : -1].log_softmax(-1)
         expected.append(-sum(float(row[token]) for row, token in zip(logp, after, strict=True)) / max(len(after), 1))
     assert rlhf.nats(prompts, completions) == pytest.approx(expected, abs=1e-4)
     assert expected[1] == 0 and min(expected[0], *expected[2:]) > 1
