@@ -1,6 +1,7 @@
 """Closed-book questions about countries, from the package `countryinfo`: capitals, regions and demonyms.
 
-Countries are split, not questions: what is held out asks about countries that no training question names, so the
+Countries are split, not questions, into three parts: fine-tuning learns from the answers of one, PPO asks about those
+of another, and the last is held out. So PPO's questions are as new to the fine-tuned model as the held-out ones, and the
 figures show what the model knew and learned to say, and not what it learned by heart.
 """
 
@@ -9,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import json
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from heeler.data.reviews import package_folder
+
+Part = Literal["sft", "ppo", "held_out"]
 
 RELATIONS = {
     "capital": ("What is the capital of {}?", "The capital of {} is the city of"),
@@ -35,18 +38,19 @@ def countries() -> list[dict[str, Any]]:
     return [found[name] for name in sorted(found)]
 
 
-def is_held_out(country: str, share: float = 0.3) -> bool:
-    """Whether a country belongs to the held-out part: a hash of its name decides."""
+def part_of(country: str) -> Part:
+    """The part that a country belongs to: a hash of its name decides (30 % held out, the rest in halves)."""
     digest = hashlib.blake2b(country.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64 < share
+    place = int.from_bytes(digest, "big") / 2**64
+    return "held_out" if place < 0.3 else "ppo" if place < 0.65 else "sft"
 
 
-def country_questions(held_out: bool) -> list[dict[str, Any]]:
+def country_questions(part: Part) -> list[dict[str, Any]]:
     """Rows `{"prompt", "answer", "relation", "country"}`: every country of the part, every relation, every phrasing."""
     rows: list[dict[str, Any]] = []
     for country in countries():
         name = country["name"]
-        if is_held_out(name) != held_out:
+        if part_of(name) != part:
             continue
         for relation, phrasings in RELATIONS.items():
             for phrasing in phrasings:

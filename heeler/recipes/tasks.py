@@ -101,7 +101,7 @@ class QA:
 
     out: str | None = None
     seed: int = 1
-    epochs: float = 2.0
+    epochs: float = 3.0
     updates: int = 30
     threads: int | None = None
 
@@ -135,12 +135,11 @@ def run_arithmetic(recipe: Arithmetic, show: bool = True) -> Path:
 def run_qa(recipe: QA, show: bool = True) -> Path:
     """The whole recipe; the folder of its stages."""
     out = Path(recipe.out or default_out("qa"))
-    known, held_out = country_questions(held_out=False), country_questions(held_out=True)
-    solved = [{"prompt": r["prompt"], "completion": f" {r['answer']}"} for r in known]
+    solved = [{"prompt": r["prompt"], "completion": f" {r['answer']}"} for r in country_questions("sft")]
     config = TextConfig(
         model=str(out / "sft"),
-        prompts=write_rows(out / "data" / "prompts.jsonl", known),
-        eval_prompts=write_rows(out / "data" / "held_out.jsonl", held_out),
+        prompts=write_rows(out / "data" / "prompts.jsonl", country_questions("ppo")),
+        eval_prompts=write_rows(out / "data" / "held_out.jsonl", country_questions("held_out")),
         reward="f1",
         judges=("exact=exact-match",),
         out=str(out / "ppo"),

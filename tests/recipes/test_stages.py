@@ -92,18 +92,20 @@ def test_answers_of_reasoning_gym_are_taken_from_the_first_line() -> None:
 
 
 def test_questions_on_countries() -> None:
-    """Countries are split, both parts ask everything, and the answers are the package's."""
-    known, held_out = country_questions(held_out=False), country_questions(held_out=True)
-    assert {r["country"] for r in known} & {r["country"] for r in held_out} == set()
-    assert len(known) + len(held_out) == 6 * len(countries()) > 1000 and 0.2 < len(held_out) / len(known) < 0.7
-    france = [r for r in [*known, *held_out] if r["country"] == "France"]
+    """Countries are split, each part asks everything, and the answers are the package's."""
+    parts = {part: country_questions(part) for part in ("sft", "ppo", "held_out")}
+    names = {part: {r["country"] for r in rows} for part, rows in parts.items()}
+    assert not names["sft"] & names["ppo"] and not names["held_out"] & (names["sft"] | names["ppo"])
+    assert sum(map(len, parts.values())) == 6 * len(countries()) > 1000
+    assert all(0.2 < len(rows) / (6 * len(countries())) < 0.5 for rows in parts.values())
+    france = [r for rows in parts.values() for r in rows if r["country"] == "France"]
     assert {r["answer"] for r in france} == {"Paris", "Europe", "French"}
     assert {"prompt": "What is the capital of France?\nAnswer:", "answer": "Paris"}.items() <= france[0].items()
 
 
 @pytest.mark.slow
 def test_qa_and_rlhf_run_end_to_end(tiny_smollm2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks, "country_questions", lambda held_out: country_questions(held_out)[:24])
+    monkeypatch.setattr(tasks, "country_questions", lambda part: country_questions(part)[:24])
     out = tasks.run_qa(tasks.QA(out=str(tmp_path / "qa"), updates=1, threads=1))
     assert json.loads((out / "summary.json").read_text())["stages"]["SFT+PPO"]["exact"] <= 1
     monkeypatch.setattr(rlhf, "imdb_reward_model", lambda show=True: (tmp_path / "judge", {}))
