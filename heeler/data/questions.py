@@ -1,8 +1,8 @@
 """Closed-book questions about countries, from the package `countryinfo`: capitals, regions and demonyms.
 
 Countries are split, not questions, into three parts: fine-tuning learns from the answers of one, PPO asks about those
-of another, and the last is held out. So PPO's questions are as new to the fine-tuned model as the held-out ones, and the
-figures show what the model knew and learned to say, and not what it learned by heart.
+of another, and the last is held out. So PPO's questions are as new to the fine-tuned model as the held-out ones, and
+the figures show what the model knew and learned to say, and not what it learned by heart.
 """
 
 from __future__ import annotations
