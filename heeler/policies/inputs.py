@@ -119,120 +119,103 @@ class TokenInputs:
             trunk_states=None if self.trunk_states is None else self.trunk_states[index],
         )
 
-    def padded(self, *, include_last: bool = False) -> PaddedRows:
-        """The rows of a forward pass. The last token of a sequence predicts nothing that was sampled, so it is
-        left out unless `include_last` (a value after the last decision needs it)."""
-        rows = torch.arange(len(self.lengths), device=self.tokens.device)
-        return self._placed(rows, torch.zeros_like(rows), include_last)
-
-    def packed(self, row_tokens: int) -> PaddedRows:
-        """Sequences share rows of at most `row_tokens` tokens (a longer one has a row of its own), blind to each
-        other. Fewer pads than `padded`, at the price of a mask of rows x rows: for attention kernels that profit."""
-        rows, columns = first_fit(self.lengths - 1, row_tokens)
-        return self._placed(rows, columns, include_last=False, packed=True)
+    @cached_property
+    def _places(self) -> tuple[Tensor, Tensor]:
+        """`(item [T], position [T])`: the sequence of each token, and its place there."""
+        item = torch.repeat_interleave(torch.arange(len(self.lengths), device=self.lengths.device), self.lengths)
+        return item, torch.arange(len(self.tokens), device=self.tokens.device) - self.starts[item]
 
     @cached_property
     def beginnings(self) -> tuple[Tensor, Tensor]:
         """`(first [I], group [I])`: tokens of each sequence before its first decision, and a number that sequences
         with the same tokens there share."""
-        positions = torch.arange(len(self.tokens), device=self.tokens.device)
-        item = torch.repeat_interleave(torch.arange(len(self.lengths), device=self.lengths.device), self.lengths)
-        first = self.lengths.clone()
-        within = positions - self.starts[item]
-        first = first.scatter_reduce(0, item[self.is_decision], within[self.is_decision], "amin")
+        item, position = self._places
+        decided = self.is_decision
+        first = self.lengths.scatter_reduce(0, item[decided], position[decided], "amin")
         tokens, starts = self.tokens.tolist(), self.starts.tolist()
         number: dict[tuple[int, ...], int] = {}
         group = [
             number.setdefault(tuple(tokens[start : start + count]), len(number))
             for start, count in zip(starts, first.tolist(), strict=True)
         ]
-        return first, torch.tensor(group, device=self.lengths.device)
+        return first, torch.tensor(group, dtype=torch.long, device=self.lengths.device)
 
     @property
     def groups(self) -> Tensor:
         """`[I]` the prompt of each sequence: sequences with the same tokens before their first decision."""
         return self.beginnings[1]
 
+    def padded(self, *, include_last: bool = False) -> PaddedRows:
+        """The rows of a forward pass. The last token of a sequence predicts nothing that was sampled, so it is
+        left out unless `include_last` (a value after the last decision needs it)."""
+        return self._laid_out(*self._places, include_last=include_last)
+
+    def packed(self, row_tokens: int) -> PaddedRows:
+        """Sequences share rows of at most `row_tokens` tokens (a longer one has a row of its own), blind to each
+        other. Fewer pads than `padded`, at the price of a mask of rows x rows: for attention kernels that profit."""
+        item, position = self._places
+        rows, columns = first_fit(self.lengths - 1, row_tokens)
+        return self._laid_out(rows[item], columns[item] + position, sequence=item)
+
     def shared(self) -> PaddedRows | None:
         """Sequences that begin with the same undecided tokens hold them once: samples of one prompt read it together.
 
         Several such groups may share a row. None where less than a fifth of the tokens is saved.
         """
+        item, position = self._places
         first, group = self.beginnings
         num_groups = int(group.max()) + 1 if len(group) else 0
-        fed = self.lengths - 1  # the last token predicts nothing
-        own = (fed - first).clamp(min=0)  # tokens after the shared ones
+        fed = self.lengths - 1
+        own = (fed - first).clamp(min=0)  # tokens of each sequence after the shared ones
         prefix = first.new_zeros(num_groups).scatter_reduce(0, group, torch.minimum(first, fed), "amax")
         widths = prefix.scatter_add(0, group, own)
         if num_groups == 0 or int(widths.sum()) > 0.8 * int(fed.sum()):
             return None
-        row, column = first_fit(widths, int(widths.max()))
+        rows, columns = first_fit(widths, int(widths.max()))
         order = torch.argsort(group, stable=True)
-        before = own[order].cumsum(0) - own[order]  # own tokens of all earlier sequences, group by group
-        group_starts = own.new_zeros(num_groups).scatter_add_(0, group, own)
-        group_starts = group_starts.cumsum(0) - group_starts
-        branch_column = torch.zeros_like(own)
-        branch_column[order] = prefix[group[order]] + before - group_starts[group[order]]
-        item = torch.repeat_interleave(torch.arange(len(self.lengths), device=self.tokens.device), self.lengths)
-        position = torch.arange(len(self.tokens), device=self.tokens.device) - self.starts[item]
+        before = torch.zeros_like(own)  # own tokens of the sequences that come before in the same group
+        before[order] = own[order].cumsum(0) - own[order]
+        before -= before.new_zeros(num_groups).scatter_reduce(0, group, before, "amin", include_self=False)[group]
         common = position < first[item]
-        token_row = row[group[item]]
-        token_column = column[group[item]] + torch.where(common, position, branch_column[item] + position - first[item])
-        shape = int(row.max()) + 1, int(torch.zeros_like(row).scatter_add_(0, row, widths).max())
-        here = position < fed[item]
-        at = token_row[here], token_column[here]  # the shared ones are written once for each sequence: the same values
-        ids = self.tokens.new_zeros(shape)
-        ids[at] = self.tokens[here]
-        sequence, positions, branch = ids.new_full(shape, -1), torch.zeros_like(ids), torch.zeros_like(ids)
-        sequence[at], positions[at] = group[item][here], position[here]
-        branch[at] = torch.where(common, torch.zeros_like(item), item + 1)[here]
-        states = None
-        if self.trunk_states is not None:
-            states = self.trunk_states.new_zeros(*shape, self.trunk_states.shape[1])
-            states[at] = self.trunk_states[here]
-        decided = self.is_decision.nonzero()[:, 0]
-        return PaddedRows(
-            ids=ids,
-            states=states,
-            rows=token_row[decided],
-            columns=token_column[decided - 1],
-            tokens=self.tokens[decided],
-            lengths=torch.zeros_like(row).scatter_add_(0, row, widths)[: shape[0]],
-            sequence=sequence,
-            positions=positions,
-            branch=branch,
+        behind = prefix[group[item]] + before[item] + position - first[item]
+        return self._laid_out(
+            rows[group[item]],
+            columns[group[item]] + torch.where(common, position, behind),
+            sequence=group[item],
+            branch=torch.where(common, torch.zeros_like(item), item + 1),
         )
 
-    def _placed(self, rows: Tensor, columns: Tensor, include_last: bool, packed: bool = False) -> PaddedRows:
-        """Sequence i begins at column `columns[i]` of row `rows[i]`."""
-        item = torch.repeat_interleave(torch.arange(len(self.lengths), device=self.tokens.device), self.lengths)
-        position = torch.arange(len(self.tokens), device=self.tokens.device) - self.starts[item]
-        row, column = rows[item], columns[item] + position
-        num_rows = int(rows.max()) + 1 if len(rows) else 0
-        lengths = self.lengths if include_last else self.lengths - 1
-        widths = torch.zeros(num_rows, dtype=torch.long, device=rows.device).scatter_add_(0, rows, lengths)
-        fed = position < lengths[item]
-        width = max(int(widths.max()), 1)
-        ids = self.tokens.new_zeros(num_rows, width)
-        ids[row[fed], column[fed]] = self.tokens[fed]
-        states = None
-        if self.trunk_states is not None and not include_last:
-            states = self.trunk_states.new_zeros(num_rows, width, self.trunk_states.shape[1])
-            states[row[fed], column[fed]] = self.trunk_states[fed]
-        decided = self.is_decision
-        sequence = positions = None
-        if packed:
-            sequence = torch.full((num_rows, width), -1, device=row.device)
-            sequence[row[fed], column[fed]] = item[fed]
-            positions = torch.zeros_like(sequence)
-            positions[row[fed], column[fed]] = position[fed]
+    def _laid_out(
+        self,
+        row: Tensor,
+        column: Tensor,
+        *,
+        sequence: Tensor | None = None,
+        branch: Tensor | None = None,
+        include_last: bool = False,
+    ) -> PaddedRows:
+        """Token t lies at `row[t], column[t]`; tokens that share a place are the same token."""
+        item, position = self._places
+        fed = position < (self.lengths - 1 + int(include_last))[item]
+        at = row[fed], column[fed]
+        num_rows = int(row.max()) + 1 if len(row) else 0
+        lengths = row.new_zeros(num_rows).scatter_reduce(0, at[0], at[1] + 1, "amax")
+        shape = num_rows, max(int(lengths.max()), 1) if num_rows else 1
+
+        def grid(values: Tensor, empty: int = 0) -> Tensor:
+            filled = values.new_full((*shape, *values.shape[1:]), empty)
+            filled[at] = values[fed]
+            return filled
+
+        decided = self.is_decision.nonzero()[:, 0]
         return PaddedRows(
-            ids=ids,
-            states=states,
+            ids=grid(self.tokens),
+            states=None if self.trunk_states is None or include_last else grid(self.trunk_states),
             rows=row[decided],
-            columns=column[decided] - 1,
+            columns=column[decided - 1],
             tokens=self.tokens[decided],
-            lengths=widths,
-            sequence=sequence,
-            positions=positions,
+            lengths=lengths,
+            sequence=None if sequence is None else grid(sequence, -1),
+            positions=None if sequence is None else grid(position),
+            branch=None if branch is None else grid(branch),
         )
