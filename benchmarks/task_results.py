@@ -14,6 +14,7 @@ import argparse
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -140,20 +141,23 @@ def picture(found: dict[str, dict[int, Path]], file: Path) -> None:
 
 def train(wanted: list[tuple[str, int, Path]], parallel: int) -> None:
     """The missing runs, `parallel` at a time, the output of each beside its folder."""
-    waiting = [w for w in wanted if not (w[2] / "summary.json").exists()]
-    running: list[tuple[subprocess.Popen[bytes], Path]] = []
-    while waiting or running:
-        while waiting and len(running) < parallel:
-            task, seed, folder = waiting.pop(0)
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            command = [sys.executable, "-m", "heeler.cli", *COMMANDS[task], "--seed", str(seed), "--out", str(folder)]
-            log = folder.with_suffix(".log")
-            with log.open("wb") as stream:
-                process = subprocess.Popen([*command, "--threads", "1"], cwd=ROOT, stdout=stream, stderr=stream)
-            running.append((process, log))
-        process, log = running.pop(0)
-        if process.wait():
-            sys.exit(f"a run failed with status {process.returncode}: see {log}")
+
+    def run(job: tuple[str, int, Path]) -> str:
+        task, seed, folder = job
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "heeler.cli", *COMMANDS[task], "--seed", str(seed), "--out", str(folder)]
+        log = folder.with_suffix(".log")
+        with log.open("wb") as stream:
+            status = subprocess.run(
+                [*command, "--threads", "1"], cwd=ROOT, stdout=stream, stderr=subprocess.STDOUT, check=False
+            ).returncode
+        return f"{task}, seed {seed}: status {status}, see {log}" if status else ""
+
+    missing = [job for job in wanted if not (job[2] / "summary.json").exists()]
+    with ThreadPoolExecutor(parallel) as pool:
+        failed = [message for message in pool.map(run, missing) if message]
+    if failed:
+        sys.exit("\n".join(failed))
 
 
 def main() -> None:
