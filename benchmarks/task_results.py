@@ -92,6 +92,7 @@ def section(task: str, runs: dict[int, Path]) -> list[str]:
     found = {seed: stages(folder) for seed, folder in runs.items()}
     names = list(next(iter(found.values())))
     config = json.loads((next(iter(runs.values())) / "ppo" / "config.json").read_text())["config"]
+    shuffle = config["ppo"].get("shuffle", "sequences")
     before, after = zip(*(minutes(folder) for folder in runs.values()), strict=True)
     keys = [
         key
@@ -103,7 +104,7 @@ def section(task: str, runs: dict[int, Path]) -> list[str]:
         "",
         f"`heeler {' '.join(COMMANDS[task])}`, seed{'s' * (len(runs) > 1)} {', '.join(map(str, runs))};"
         f" {config['updates']} updates of {config['prompts_per_update']} prompts with {config['samples_per_prompt']}"
-        f" completions each. On one thread {mean(before):.0f} minutes before PPO and {mean(after):.0f} of PPO.",
+        f" completions each, minibatches of {shuffle}. On one thread {mean(before):.0f} minutes before PPO and {mean(after):.0f} of PPO.",
         "",
         f"| figure | {' | '.join(names)} | change by PPO |",
         "|---" * (len(names) + 2) + "|",
