@@ -104,7 +104,8 @@ def section(task: str, runs: dict[int, Path]) -> list[str]:
         "",
         f"`heeler {' '.join(COMMANDS[task])}`, seed{'s' * (len(runs) > 1)} {', '.join(map(str, runs))};"
         f" {config['updates']} updates of {config['prompts_per_update']} prompts with {config['samples_per_prompt']}"
-        f" completions each, minibatches of {shuffle}. On one thread {mean(before):.0f} minutes before PPO and {mean(after):.0f} of PPO.",
+        f" completions each, minibatches of {shuffle}. On one thread {mean(before):.0f} minutes before PPO and"
+        f" {mean(after):.0f} of PPO.",
         "",
         f"| figure | {' | '.join(names)} | change by PPO |",
         "|---" * (len(names) + 2) + "|",
