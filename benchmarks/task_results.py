@@ -34,10 +34,10 @@ COMMANDS = {
 }
 
 TITLES = {
-    "chain_sum": "Sums of Reasoning Gym (chain_sum): share of right answers",
-    "syllogism": "Syllogisms of Reasoning Gym: share of right answers",
-    "knights_knaves": "Knights and knaves of Reasoning Gym: score",
-    "gsm_symbolic": "GSM-symbolic of Reasoning Gym, answer at once: share of right answers",
+    "chain_sum": "Sums of Reasoning Gym (chain_sum)",
+    "syllogism": "Syllogisms of Reasoning Gym",
+    "knights_knaves": "Knights and knaves of Reasoning Gym",
+    "gsm_symbolic": "GSM-symbolic of Reasoning Gym, answered at once",
     "qa": "Questions about countries that no training question names",
     "translate": "English into French, JupyterLab's interface",
     "rlhf": "RLHF on movie reviews",
@@ -46,6 +46,8 @@ TITLES = {
 FIGURES = {
     "reward": "reward, draws at temperature 1",
     "reward/greedy": "reward, most likely tokens",
+    "reward/solved": "right answers, draws at temperature 1",
+    "reward/solved/greedy": "right answers, most likely tokens",
     "exact": "exact match, draws",
     "exact/greedy": "exact match, most likely tokens",
     "sampled/chrf": "corpus chrF, draws",
@@ -96,7 +98,9 @@ def section(task: str, runs: dict[int, Path]) -> list[str]:
     before, after = zip(*(minutes(folder) for folder in runs.values()), strict=True)
     keys = [
         key
-        for key in OF_TASK.get(task, ("reward", "reward/greedy", "length", "kl/ref"))
+        for key in OF_TASK.get(
+            task, ("reward/solved", "reward/solved/greedy", "reward", "reward/greedy", "length", "kl/ref")
+        )
         if any(key in figures for figures in next(iter(found.values())).values())
     ]
     lines = [
@@ -155,6 +159,11 @@ def train(wanted: list[tuple[str, int, Path]], parallel: int) -> None:
             ).returncode
         return f"{task}, seed {seed}: status {status}, see {log}" if status else ""
 
+    from heeler.recipes.imdb import imdb_reward_model, smollm2_folder
+
+    smollm2_folder()  # what runs share is made before they start
+    if any(task == "rlhf" for task, _, _ in wanted):
+        imdb_reward_model()
     missing = [job for job in wanted if not (job[2] / "summary.json").exists()]
     with ThreadPoolExecutor(parallel) as pool:
         failed = [message for message in pool.map(run, missing) if message]
@@ -185,8 +194,8 @@ def main() -> None:
     lines = [
         "## Recipes of several stages",
         "",
-        f"Made by `python benchmarks/task_results.py`. Hardware: {hardware()}. Every run had one thread, two side by"
-        " side. The same held-out prompts for every stage; ± is the standard deviation over seeds.",
+        f"Made by `python benchmarks/task_results.py`. Hardware: {hardware()}. Every run had one thread. The same"
+        " held-out prompts for every stage; ± is the standard deviation over seeds.",
         "",
         *[line for task, runs in found.items() for line in section(task, runs)],
         "![Rewards of the rollouts over the updates](images/task_curves.png)",

@@ -45,6 +45,7 @@ class PaddedRows:
     positions: Tensor | None = None
     branch: Tensor | None = None
 
+    @cached_property
     def visible(self) -> Tensor:
         """`[B, 1, L, L]` bool: token i (first L) may see token j of the same sequence where j <= i."""
         assert self.sequence is not None
@@ -54,18 +55,30 @@ class PaddedRows:
         return same.tril()[:, None]  # a pad sees pads: a row without anything to see would be NaN
 
 
+ROW_TOKENS = 512  # a wider row costs more attention (its square) than the prompt that it saves
+
+
+def _running_sums(values: Tensor, group: Tensor) -> Tensor:
+    """For each entry the sum of the earlier `values` of its group."""
+    order = torch.argsort(group, stable=True)
+    before = torch.zeros_like(values)
+    before[order] = values[order].cumsum(0) - values[order]
+    starts = before.new_zeros(int(group.max()) + 1).scatter_reduce(0, group, before, "amin", include_self=False)
+    return before - starts[group]
+
+
 def first_fit(sizes: Tensor, capacity: int) -> tuple[Tensor, Tensor]:
     """Row and first column of each block, the largest first, each in the first row with room (or a row of its own)."""
     used: list[int] = []
-    rows, columns = torch.zeros_like(sizes), torch.zeros_like(sizes)
-    for block in torch.argsort(sizes, descending=True, stable=True).tolist():
-        size = int(sizes[block])
-        row = next((r for r, taken in enumerate(used) if taken + size <= capacity), len(used))
+    known = sizes.tolist()
+    rows, columns = [0] * len(known), [0] * len(known)
+    for block in sorted(range(len(known)), key=lambda b: -known[b]):
+        row = next((r for r, taken in enumerate(used) if taken + known[block] <= capacity), len(used))
         if row == len(used):
             used.append(0)
         rows[block], columns[block] = row, used[row]
-        used[row] += size
-    return rows, columns
+        used[row] += known[block]
+    return torch.tensor(rows, device=sizes.device), torch.tensor(columns, device=sizes.device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +110,13 @@ class TokenInputs:
 
     @cached_property
     def _decision_counts(self) -> Tensor:
+        return torch.zeros_like(self.lengths).scatter_add_(0, self.places[0], self.is_decision.long())
+
+    @cached_property
+    def places(self) -> tuple[Tensor, Tensor]:
+        """`(item [T], position [T])`: the sequence of each token, and its place there."""
         item = torch.repeat_interleave(torch.arange(len(self.lengths), device=self.lengths.device), self.lengths)
-        return torch.zeros_like(self.lengths).scatter_add_(0, item, self.is_decision.long())
+        return item, torch.arange(len(self.tokens), device=self.tokens.device) - self.starts[item]
 
     @property
     def costs(self) -> Tensor:
@@ -120,16 +138,10 @@ class TokenInputs:
         )
 
     @cached_property
-    def _places(self) -> tuple[Tensor, Tensor]:
-        """`(item [T], position [T])`: the sequence of each token, and its place there."""
-        item = torch.repeat_interleave(torch.arange(len(self.lengths), device=self.lengths.device), self.lengths)
-        return item, torch.arange(len(self.tokens), device=self.tokens.device) - self.starts[item]
-
-    @cached_property
     def beginnings(self) -> tuple[Tensor, Tensor]:
         """`(first [I], group [I])`: tokens of each sequence before its first decision, and a number that sequences
         with the same tokens there share."""
-        item, position = self._places
+        item, position = self.places
         decided = self.is_decision
         first = self.lengths.scatter_reduce(0, item[decided], position[decided], "amin")
         tokens, starts = self.tokens.tolist(), self.starts.tolist()
@@ -148,41 +160,45 @@ class TokenInputs:
     def padded(self, *, include_last: bool = False) -> PaddedRows:
         """The rows of a forward pass. The last token of a sequence predicts nothing that was sampled, so it is
         left out unless `include_last` (a value after the last decision needs it)."""
-        return self._laid_out(*self._places, include_last=include_last)
+        return self._laid_out(*self.places, include_last=include_last)
 
     def packed(self, row_tokens: int) -> PaddedRows:
         """Sequences share rows of at most `row_tokens` tokens (a longer one has a row of its own), blind to each
         other. Fewer pads than `padded`, at the price of a mask of rows x rows: for attention kernels that profit."""
-        item, position = self._places
+        item, position = self.places
         rows, columns = first_fit(self.lengths - 1, row_tokens)
         return self._laid_out(rows[item], columns[item] + position, sequence=item)
 
     def shared(self) -> PaddedRows | None:
         """Sequences that begin with the same undecided tokens hold them once: samples of one prompt read it together.
 
-        Several such groups may share a row. None where less than a fifth of the tokens is saved.
+        Several such groups may share a row, and a group of more than `ROW_TOKENS` tokens takes several, each with the
+        prompt. None where less than a fifth of the places of `padded` is saved.
         """
-        item, position = self._places
+        if len(self.lengths) == 0:
+            return None
+        item, position = self.places
         first, group = self.beginnings
-        num_groups = int(group.max()) + 1 if len(group) else 0
         fed = self.lengths - 1
         own = (fed - first).clamp(min=0)  # tokens of each sequence after the shared ones
+        part = _running_sums(own, group) // (ROW_TOKENS - first).clamp(min=1)
+        group = torch.unique(torch.stack([group, part]), dim=1, return_inverse=True)[1]
+        num_groups = int(group.max()) + 1
         prefix = first.new_zeros(num_groups).scatter_reduce(0, group, torch.minimum(first, fed), "amax")
         widths = prefix.scatter_add(0, group, own)
-        if num_groups == 0 or int(widths.sum()) > 0.8 * int(fed.sum()):
-            return None
         rows, columns = first_fit(widths, int(widths.max()))
-        order = torch.argsort(group, stable=True)
-        before = torch.zeros_like(own)  # own tokens of the sequences that come before in the same group
-        before[order] = own[order].cumsum(0) - own[order]
-        before -= before.new_zeros(num_groups).scatter_reduce(0, group, before, "amin", include_self=False)[group]
+        if (int(rows.max()) + 1) * int(widths.max()) > 0.8 * len(fed) * int(fed.max()):
+            return None
         common = position < first[item]
-        behind = prefix[group[item]] + before[item] + position - first[item]
+        behind = (prefix[group] + _running_sums(own, group) - first)[item] + position
+        numbers = torch.arange(len(group), device=group.device)
+        leader = numbers.new_zeros(num_groups).scatter_reduce(0, group, numbers, "amin", include_self=False)
         return self._laid_out(
             rows[group[item]],
             columns[group[item]] + torch.where(common, position, behind),
             sequence=group[item],
             branch=torch.where(common, torch.zeros_like(item), item + 1),
+            written=~common | (leader[group[item]] == item),
         )
 
     def _laid_out(
@@ -192,11 +208,14 @@ class TokenInputs:
         *,
         sequence: Tensor | None = None,
         branch: Tensor | None = None,
+        written: Tensor | None = None,
         include_last: bool = False,
     ) -> PaddedRows:
-        """Token t lies at `row[t], column[t]`; tokens that share a place are the same token."""
-        item, position = self._places
+        """Token t lies at `row[t], column[t]`; of tokens that share a place one is `written`."""
+        item, position = self.places
         fed = position < (self.lengths - 1 + int(include_last))[item]
+        if written is not None:
+            fed = fed & written
         at = row[fed], column[fed]
         num_rows = int(row.max()) + 1 if len(row) else 0
         lengths = row.new_zeros(num_rows).scatter_reduce(0, at[0], at[1] + 1, "amax")

@@ -106,6 +106,7 @@ class LanguageModelPolicy:
         entropy_gradient: whether the entropy is part of the loss.
         seed: of the value network's and the adapters' first weights.
         token_bias: `[V]` added to the logits of policy and reference (a token mask), or None.
+        share_prompts: let samples of one prompt share its tokens, where the models can.
     """
 
     def __init__(
@@ -119,6 +120,7 @@ class LanguageModelPolicy:
         entropy_gradient: bool = False,
         seed: int = 0,
         token_bias: Tensor | None = None,
+        share_prompts: bool = True,
     ) -> None:
         self.trainable, self.critic_config = trainable, critic
         self.temperature, self.precision = temperature, precision
@@ -169,7 +171,12 @@ class LanguageModelPolicy:
         self._reference_lm: Any = model if reference_model is None else reference_model.requires_grad_(False)
         self._split(reference_model)
         self._build_critic(critic, critic_source)
-        self.shares_prompts = self._can_share_prompts()
+        bodies = [self.model.base_model]
+        if self.critic_body is not None and not self.critic_uses_trunk:
+            bodies.append(self.critic_body)
+        self.shares_prompts = share_prompts and all(self._can_share_prompts(body) for body in bodies)
+        if share_prompts and not self.shares_prompts:
+            self.notes.append("samples of one prompt cannot share its tokens in this model: each reads it for itself")
 
     # what is trained ------------------------------------------------------------------------------------------
 
@@ -351,15 +358,15 @@ class LanguageModelPolicy:
 
     def _hidden(self, body: Any, rows: PaddedRows, states: Tensor | None) -> Tensor:
         given = {"input_ids": rows.ids} if states is None else {"inputs_embeds": states}
-        return body(**given, **self._apart(rows), use_cache=False).last_hidden_state
+        return body(**given, **self._apart(body, rows), use_cache=False).last_hidden_state
 
-    def _apart(self, rows: PaddedRows) -> dict[str, Tensor]:
-        """What keeps the sequences of a shared row apart: positions, and a mask in the attention's own form."""
+    def _apart(self, body: Any, rows: PaddedRows) -> dict[str, Tensor]:
+        """What keeps the sequences of a shared row apart: positions, and a mask in the form of the body's attention."""
         if rows.sequence is None:
             return {}
         assert rows.positions is not None
-        mask = rows.visible()
-        if self.model.config._attn_implementation == "eager":  # adds its mask
+        mask = rows.visible
+        if body.config._attn_implementation == "eager":  # adds its mask
             lowest = torch.finfo(torch.float32).min
             mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, lowest)
         return {"position_ids": rows.positions, "attention_mask": mask}
@@ -380,7 +387,7 @@ class LanguageModelPolicy:
                 entropy_gradient=self.entropy_gradient,
             )
             return logprobs, entropy, hidden
-        output = model(input_ids=rows.ids, **self._apart(rows), use_cache=False, output_hidden_states=True)
+        output = model(input_ids=rows.ids, **self._apart(model, rows), use_cache=False, output_hidden_states=True)
         logprobs, entropy = self._by_softmax(output.logits[rows.rows, rows.columns], rows.tokens)
         return logprobs, entropy, output.hidden_states[-1]
 
@@ -412,26 +419,26 @@ class LanguageModelPolicy:
         return inputs.padded() if shared is None else shared
 
     @torch.no_grad()
-    def _can_share_prompts(self) -> bool:
+    def _can_share_prompts(self, body: Any) -> bool:
         """Whether samples of one prompt may share its tokens: tried on two, against rows of their own."""
-        ids = torch.arange(1, 9, device=self.device) % self.model.config.get_text_config().vocab_size
+        if not full_attention(body.config):
+            return False
+        ids = torch.arange(1, 9, device=self.device) % body.config.get_text_config().vocab_size
         probe = TokenInputs(
             tokens=ids[[0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 7, 6, 5]],
             lengths=torch.tensor([7, 7], device=self.device),
             is_decision=torch.tensor([False] * 4 + [True] * 3, device=self.device).repeat(2),
         )
-        shared = probe.shared()
+        shared, alone = probe.shared(), probe.padded()
         assert shared is not None
         with self._autocast():
+            expected = self._hidden(body, alone, None)[alone.rows, alone.columns]
             try:
-                states = self._hidden(self.model.base_model, shared, None)[shared.rows, shared.columns]
-            except (TypeError, ValueError, RuntimeError, IndexError):
-                return False  # the model takes no mask of this form
-            alone = probe.padded()
-            expected = self._hidden(self.model.base_model, alone, None)[alone.rows, alone.columns]
+                states = self._hidden(body, shared, None)[shared.rows, shared.columns]
+            except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError):
+                return False  # it takes no mask of this form
         tolerance = 1e-4 if self.precision == "fp32" else 3e-2
-        close = bool(torch.allclose(states, expected, atol=tolerance * float(expected.abs().max()), rtol=tolerance))
-        return close and full_attention(self.model.config)
+        return bool(torch.allclose(states, expected, atol=tolerance * float(expected.abs().max()), rtol=tolerance))
 
     def evaluate(self, inputs: Inputs, pack_tokens: int | None = None) -> PolicyOutput:
         """Log-probabilities, entropies and values of the decisions, with gradients.

@@ -49,17 +49,20 @@ class Seq2SeqRows:
     lengths: Tensor
 
 
-def source_and_target(inputs: TokenInputs, decoder_start: int, *, include_last: bool = False) -> Seq2SeqRows:
+def source_and_target(
+    inputs: TokenInputs, decoder_start: int, *, include_last: bool = False, share: bool = True
+) -> Seq2SeqRows:
     """Split sequences at their first decision: what stands before it is the source, the rest the target.
 
     The last token of a target predicts nothing that was sampled, so it is left out unless `include_last` (a value
     after the last decision needs it). Target tokens that are no decisions are read by the decoder, not scored.
     """
     device, lengths = inputs.tokens.device, inputs.lengths
-    item = torch.repeat_interleave(torch.arange(len(lengths), device=device), lengths)
-    position = torch.arange(len(inputs.tokens), device=device) - inputs.starts[item]
+    item, position = inputs.places
     decided = inputs.is_decision
     sources, owner = inputs.beginnings  # (B,) tokens before the target, and which source they are
+    if not share:
+        owner = torch.arange(len(lengths), device=device)
     fed = (lengths - sources + int(include_last)).clamp(min=1)  # (B,) decoder inputs, the start included
     in_source, target = position < sources[item], position - sources[item]
     source = inputs.tokens.new_zeros(int(owner.max()) + 1, int(sources.max()))
@@ -98,6 +101,7 @@ class Seq2SeqPolicy(LanguageModelPolicy):
         entropy_gradient: whether the entropy is part of the loss.
         seed: of the value network's first weights.
         token_bias: `[V]` added to the logits of policy and reference (a token mask), or None.
+        share_prompts: encode a source with several targets once.
 
     Raises:
         HeelerError: other ways to train, another critic, no token that the decoder starts from.
@@ -114,6 +118,7 @@ class Seq2SeqPolicy(LanguageModelPolicy):
         entropy_gradient: bool = False,
         seed: int = 0,
         token_bias: Tensor | None = None,
+        share_prompts: bool = True,
     ) -> None:
         if not isinstance(trainable, Full):
             raise HeelerError(
@@ -134,7 +139,7 @@ class Seq2SeqPolicy(LanguageModelPolicy):
         self.token_bias = None if token_bias is None else token_bias.to(self.device)
         self.decoder_start = decoder_start_id(model)
         self.peft_model: Any = None
-        self.shares_prompts = True
+        self.shares_prompts = share_prompts
         self.trunk: Any = None
         self.critic_body: Any = None
 
@@ -229,7 +234,7 @@ class Seq2SeqPolicy(LanguageModelPolicy):
         return self.value_network(hidden.float())[..., 0].float()
 
     def _rows(self, inputs: TokenInputs, include_last: bool = False) -> Seq2SeqRows:
-        return source_and_target(inputs, self.decoder_start, include_last=include_last)
+        return source_and_target(inputs, self.decoder_start, include_last=include_last, share=self.shares_prompts)
 
     def evaluate(self, inputs: Inputs, pack_tokens: int | None = None) -> PolicyOutput:
         """Log-probabilities, entropies and values of the decisions, with gradients.

@@ -29,7 +29,10 @@ def full_attention(config: Any) -> bool:
     """Whether every layer attends to everything before it: no sliding windows, no recurrent layers."""
     text_config = config.get_text_config(decoder=True)
     kinds = set(getattr(text_config, "layer_types", None) or ["full_attention"])
-    return kinds == {"full_attention"} and not getattr(text_config, "sliding_window", None)
+    windows = getattr(text_config, "sliding_window", None) or "local" in (
+        getattr(text_config, "attention_layers", None) or ()  # GPT-Neo's name for its windows
+    )
+    return kinds == {"full_attention"} and not windows
 
 
 def layer_list(base: nn.Module) -> tuple[str, nn.ModuleList] | None:

@@ -90,7 +90,9 @@ def greedy_figures(model: str, config: TextConfig, file: Path, show: bool = True
         run.publish()
         rollout = run.rollout(run.eval_prompts, [0] * len(run.eval_prompts))
         samples = run.samples_of(rollout)
-        figures = {"reward/greedy": float(run.judge(rollout).scores.mean())}
+        output = run.judge(rollout)
+        figures = {"reward/greedy": float(output.scores.mean())}
+        figures |= {f"reward/{name}/greedy": float(values.mean()) for name, values in output.components.items()}
         figures |= {f"{name}/greedy": float(judge(samples).scores.mean()) for name, judge in run.judges.items()}
         write_json(file, figures)
     return read_json(file)

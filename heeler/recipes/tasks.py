@@ -23,7 +23,7 @@ from heeler.recipes.stages import figures_of, finish, greedy_figures, ppo_stage,
 from heeler.train.run import default_out
 from heeler.train.sft import SFTConfig
 from heeler.train.text import TextConfig
-from heeler.types import Sampling
+from heeler.types import HeelerError, Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +49,7 @@ class Task:
 
 TASKS = {
     "chain_sum": Task(
-        options={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}, answer_tokens=6, examples=1500
+        options={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}, answer_tokens=6, examples=600
     ),
     "gsm_symbolic": Task(options={}, answer_tokens=6, examples=600, prompts=16),
     "syllogism": Task(options={}, answer_tokens=3, examples=400),
@@ -61,6 +61,7 @@ TASKS = {
     ),
 }
 
+PROMPTS = 2000  # that PPO asks about
 FIRST_LINE = r"reasoning-gym(^\s*([^\n]*))"  # of the completion is the answer
 
 
@@ -110,14 +111,21 @@ def run_arithmetic(recipe: Arithmetic, show: bool = True) -> Path:
     """The whole recipe; the folder of its stages."""
     out, task = Path(recipe.out or default_out(recipe.task)), TASKS[recipe.task]
     examples = task.examples if recipe.examples is None else recipe.examples
-    size = examples + 2000 + recipe.eval_prompts
-    rows = _distinct(reasoning_gym_prompts(recipe.task, size, seed=recipe.seed, **task.options))
+    size = 2 * (examples + PROMPTS + recipe.eval_prompts)  # some are drawn twice
+    # row i of seed s is row i + 1 of seed s - 1 in Reasoning Gym, so seeds lie far apart
+    rows = _distinct(reasoning_gym_prompts(recipe.task, size, seed=recipe.seed * 1_000_000, **task.options))
     rows = [{**r, "prompt": _asked(r["prompt"])} for r in rows]
+    if len(rows) < examples + recipe.eval_prompts + task.prompts:
+        raise HeelerError(
+            f"{recipe.task} gave {len(rows)} different questions, too few for {examples} examples and"
+            f" {recipe.eval_prompts} held-out ones: give a smaller --examples or --eval-prompts"
+        )
     held_out, rest = rows[: recipe.eval_prompts], rows[recipe.eval_prompts :]
     solved = [{"prompt": r["prompt"], "completion": f" {r['answer']}"} for r in rest[:examples]]
+    prompts = rest[examples : examples + PROMPTS]  # PPO asks what fine-tuning did not teach
     config = TextConfig(
         model=str(out / "sft"),
-        prompts=write_rows(out / "data" / "prompts.jsonl", rest[-2000:]),
+        prompts=write_rows(out / "data" / "prompts.jsonl", prompts),
         eval_prompts=write_rows(out / "data" / "held_out.jsonl", held_out),
         reward=FIRST_LINE,
         out=str(out / "ppo"),
@@ -197,6 +205,16 @@ def _train(out: Path, solved: list[dict[str, Any]], config: TextConfig, epochs: 
     for name, folder in {"SFT": "sft", "SFT+PPO": "ppo"}.items():
         greedy = greedy_figures(str(out / folder), config, out / f"greedy_{folder}.json", show)
         stages[name] = {**stages[name], **greedy}
-    keep = ("reward", "exact", "reward/greedy", "exact/greedy", "length", "truncated_fraction", "kl/ref")
+    keep = (
+        "reward",
+        "reward/solved",
+        "exact",
+        "reward/greedy",
+        "reward/solved/greedy",
+        "exact/greedy",
+        "length",
+        "truncated_fraction",
+        "kl/ref",
+    )
     finish(out, stages, keep, {"reward": config.reward})
     return out

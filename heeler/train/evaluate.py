@@ -77,9 +77,10 @@ def evaluate_text(
 
     Returns:
         figures: `reward` (the probability where the reward model gives one, else the score), `reward_score`, one
-        figure a judge, `perplexity` of the completions under the reference (exp of the mean nats a token),
-        `distinct_2` (over all completions together), `distinct_2_within` (within each), `duplicates`, `length`
-        (tokens), `truncated_fraction`, `kl/ref` (nats a sequence).
+        figure for each component of the reward (`reward/NAME`), one for each judge, `perplexity` of the completions
+        under the reference (exp of the mean nats a token), `distinct_2` (over all completions together),
+        `distinct_2_within` (within each), `duplicates`, `length` (tokens), `truncated_fraction`, `kl/ref` (nats a
+        sequence).
     """
     inputs = rollout.inputs
     assert isinstance(inputs, TokenInputs)
@@ -93,6 +94,7 @@ def evaluate_text(
     figures = {
         "reward": float(shown.mean()),
         "reward_score": float(scored.scores.mean()),
+        **{f"reward/{name}": float(values.mean()) for name, values in scored.components.items()},
         **{name: float(judge(samples).scores.mean()) for name, judge in judges.items()},
         "perplexity": math.exp(min(nll / tokens, 50.0)),
         "distinct_2": corpus_distinct(rollout.completions, 2),

@@ -325,15 +325,20 @@ def build_text_run(
         entropy_gradient=config.ppo.entropy_coef != 0,
         seed=config.seed,
         token_bias=bias,
+        share_prompts=config.share_prompts,
     )
-    policy.shares_prompts = policy.shares_prompts and config.share_prompts
     keep_states = config.reuse_trunk_states and policy.trunk is not None and config.truncation != "bootstrap"
     engine: Engine
     if seq2seq:
         if config.engine == "hf":
             raise HeelerError("the hf engine samples causal models only: leave --engine native")
         engine = Seq2SeqEngine(
-            policy.engine_model, eos_ids=eos_ids, max_rows=config.engine_rows, token_bias=bias, tokenizer=tokenizer
+            policy.engine_model,
+            eos_ids=eos_ids,
+            max_rows=config.engine_rows,
+            token_bias=bias,
+            tokenizer=tokenizer,
+            share_prompts=config.share_prompts,
         )
     elif config.engine == "hf":
         engine = HFEngine(

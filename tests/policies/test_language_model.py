@@ -263,7 +263,7 @@ def test_the_shared_layout_shows_each_decision_what_its_sequence_holds(seed: int
     rows = inputs.shared()
     assert rows is not None
     assert int((rows.sequence >= 0).sum()) < int((inputs.lengths - 1).sum())  # pyright: ignore
-    visible = rows.visible()[:, 0]
+    visible = rows.visible[:, 0]
     n = 0
     for start, length in zip(inputs.starts.tolist(), inputs.lengths.tolist(), strict=True):
         for t in range(length):

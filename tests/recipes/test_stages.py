@@ -45,6 +45,10 @@ def test_the_stages_chain_and_are_not_repeated(tiny_smollm2: str, tmp_path: Path
     rows = {name: _prompts(out / "data" / f"{name}.jsonl") for name in ("solved", "prompts", "held_out")}
     assert len(rows["solved"]) == 64 and len(rows["held_out"]) == 16
     assert not set(rows["held_out"]) & (set(rows["solved"]) | set(rows["prompts"]))
+    assert not set(rows["solved"]) & set(rows["prompts"]) and len(rows["prompts"]) > 1000
+    assert "reward/solved/greedy" in summary["stages"]["SFT+PPO"]
+    with pytest.raises(HeelerError, match="different questions, too few"):
+        tasks.run_arithmetic(replace(recipe, out=str(tmp_path / "other"), examples=20_000))
     trained = (out / "ppo" / "metrics.jsonl").read_text()
     tasks.run_arithmetic(recipe)
     assert (out / "ppo" / "metrics.jsonl").read_text() == trained

@@ -15,6 +15,17 @@ from heeler.types import Completion, Request, Sampling
 LEAVE_FRACTION = 0.125  # finished rows are dropped once they are this share of the batch: dropping copies the cache
 
 
+def every_prompt(requests: Sequence[Request]) -> tuple[list[tuple[int, ...]], Tensor]:
+    """The prompts of the requests, and `[B]` the prompt of each."""
+    return [tuple(r.prompt) for r in requests], torch.arange(len(requests))
+
+
+def distinct_prompts(requests: Sequence[Request]) -> tuple[list[tuple[int, ...]], Tensor]:
+    """The different prompts of the requests, and `[B]` the prompt of each."""
+    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(r.prompt) for r in requests))}
+    return list(number), torch.tensor([number[tuple(r.prompt)] for r in requests])
+
+
 class SampledBatch:
     """The tokens of B requests as they are drawn, and which of them have ended.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from heeler.policies.splitting import full_attention, layer_list
-from heeler.rollout.engines.batch import SampledBatch
+from heeler.rollout.engines.batch import SampledBatch, distinct_prompts, every_prompt
 from heeler.rollout.engines.weights import WeightReceiver
 from heeler.types import Completion, HeelerError, Request, Sampling
 
@@ -61,7 +61,7 @@ class NativeEngine(WeightReceiver):
         trunk_layers: keep the hidden states after this many layers; None keeps nothing.
         token_bias: `[V]` added to the logits (a token mask), or None.
         tokenizer: finds stop strings; needed only where `Sampling.stop` is used.
-        share_prompts: read a prompt of several requests once.
+        share_prompts: read a prompt of several requests once, where every layer attends to everything.
     """
 
     def __init__(
@@ -76,7 +76,8 @@ class NativeEngine(WeightReceiver):
         share_prompts: bool = True,
     ) -> None:
         super().__init__(model)
-        self.tokenizer, self.share_prompts = tokenizer, share_prompts
+        self.tokenizer = tokenizer
+        self.share_prompts = share_prompts and full_attention(model.config)  # recurrent caches cannot be copied by rows
         self.max_rows = max_rows
         self.device = next(model.parameters()).device
         self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long, device=self.device)
@@ -107,11 +108,7 @@ class NativeEngine(WeightReceiver):
     def _batch(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
         lengths = torch.tensor([len(r.prompt) for r in requests])
         width, cap, count = int(lengths.max()), sampling.max_new_tokens, len(requests)
-        prompts, owners = [tuple(r.prompt) for r in requests], torch.arange(count)
-        if self.share_prompts:
-            number = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompts))}
-            owners = torch.tensor([number[prompt] for prompt in prompts])  # (count,) the row that reads its prompt
-            prompts = list(number)
+        prompts, owners = distinct_prompts(requests) if self.share_prompts else every_prompt(requests)
         ids = torch.zeros(len(prompts), width, dtype=torch.long)
         mask = torch.zeros(len(prompts), width + cap, dtype=torch.long)
         for row, prompt in enumerate(prompts):

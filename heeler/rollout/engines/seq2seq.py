@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from heeler.policies.loading import decoder_start_id
-from heeler.rollout.engines.batch import SampledBatch
+from heeler.rollout.engines.batch import SampledBatch, distinct_prompts, every_prompt
 from heeler.rollout.engines.weights import WeightReceiver
 from heeler.types import Completion, Request, Sampling
 
@@ -29,6 +29,7 @@ class Seq2SeqEngine(WeightReceiver):
         max_rows: completions sampled at once.
         token_bias: `[V]` added to the logits (a token mask), or None.
         tokenizer: only where `Sampling.stop` is used.
+        share_prompts: encode a source of several requests once.
     """
 
     def __init__(
@@ -39,10 +40,11 @@ class Seq2SeqEngine(WeightReceiver):
         max_rows: int = 128,
         token_bias: Tensor | None = None,
         tokenizer: Any = None,
+        share_prompts: bool = True,
     ) -> None:
         super().__init__(model)
         self.decoder_start = decoder_start_id(model)
-        self.tokenizer, self.max_rows = tokenizer, max_rows
+        self.tokenizer, self.max_rows, self.share_prompts = tokenizer, max_rows, share_prompts
         self.device = next(model.parameters()).device
         self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long, device=self.device)
         self.token_bias = None if token_bias is None else token_bias.to(self.device)
@@ -51,7 +53,7 @@ class Seq2SeqEngine(WeightReceiver):
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         self.check_ready()
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt))
+        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt), requests[i].prompt))
         completions: dict[int, Completion] = {}
         for start in range(0, len(order), self.max_rows):
             rows = order[start : start + self.max_rows]
@@ -60,16 +62,15 @@ class Seq2SeqEngine(WeightReceiver):
 
     def _encode(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor]:
         """`(states [B, S, H], mask [B, S])` of the sources, padded on the right, each distinct one encoded once."""
-        number = {prompt: i for i, prompt in enumerate(dict.fromkeys(tuple(r.prompt) for r in requests))}
-        ids = torch.zeros(len(number), max(map(len, number)), dtype=torch.long)
+        prompts, owners = distinct_prompts(requests) if self.share_prompts else every_prompt(requests)
+        ids = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
         mask = torch.zeros_like(ids)
-        for prompt, row in number.items():
+        for row, prompt in enumerate(prompts):
             ids[row, : len(prompt)] = torch.tensor(prompt)
             mask[row, : len(prompt)] = 1
-        ids, mask = ids.to(self.device), mask.to(self.device)
-        owner = torch.tensor([number[tuple(r.prompt)] for r in requests], device=self.device)
+        ids, mask, owners = ids.to(self.device), mask.to(self.device), owners.to(self.device)
         states = self.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
-        return states[owner], mask[owner]
+        return states[owners], mask[owners]
 
     def _batch(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         from transformers.cache_utils import DynamicCache, EncoderDecoderCache
