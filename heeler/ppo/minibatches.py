@@ -35,7 +35,7 @@ def shuffled_minibatches(
     return list(order.tensor_split(num_minibatches))
 
 
-def budgeted_microbatches(items: Tensor, costs: Tensor, budget: int) -> list[Tensor]:
+def budgeted_microbatches(items: Tensor, costs: Tensor, budget: int, groups: Tensor | None = None) -> list[Tensor]:
     """Micro-batches of similar cost per item, each of at most `budget` after padding.
 
     Rows are padded to the longest of their micro-batch, so what counts is rows * longest. Items are sorted by
@@ -45,13 +45,20 @@ def budgeted_microbatches(items: Tensor, costs: Tensor, budget: int) -> list[Ten
         items: `[J]` indices into `costs`.
         costs: `[I]` cost of every item.
         budget: rows * longest of a micro-batch.
+        groups: `[I]` numbers from 0; items of one group stay side by side, the groups sorted by their longest item.
     """
     order = items[torch.argsort(costs[items], descending=True, stable=True)]
+    longest = costs[order]
+    if groups is not None and len(order):
+        of = groups[order]
+        longest_of = costs.new_zeros(int(of.max()) + 1).scatter_reduce(0, of, longest, "amax")
+        order = order[torch.argsort(of, stable=True)]
+        order = order[torch.argsort(longest_of[groups[order]], descending=True, stable=True)]
+        longest = longest_of[groups[order]]  # of the group: what comes later is no longer
     batches: list[Tensor] = []
     start = 0
     while start < len(order):
-        longest = max(int(costs[order[start]]), 1)
-        rows = max(budget // longest, 1)
+        rows = max(budget // max(int(longest[start]), 1), 1)
         batches.append(order[start : start + rows])
         start += rows
     return batches

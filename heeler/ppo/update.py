@@ -39,8 +39,8 @@ class PPOConfig:
     Attributes:
         epochs: passes over the batch.
         minibatches: optimiser steps an epoch.
-        shuffle: what is shuffled into minibatches: single sequences (or steps), or prompts with all their samples,
-            which then share the prompt's tokens.
+        shuffle: what is shuffled into minibatches: single sequences (or steps), or prompts with their samples, which
+            then share the prompt's tokens. Only a prompt at the edge of a minibatch is split.
         clip_range: eps of the clipped surrogate; `clip_range_high`, where given, is the upper one.
         value_clip: range of the value clip; None for the plain squared error.
         value_coef: weight of the value loss.
@@ -223,6 +223,7 @@ def update(
     groups: Tensor | None = getattr(batch.inputs, "groups", None) if config.shuffle == "prompts" else None
     if groups is None and config.shuffle == "prompts":
         raise HeelerError("--ppo.shuffle prompts is for samples of prompts, of which this batch has none")
+    neighbours: Tensor | None = getattr(batch.inputs, "groups", None) if getattr(policy, "shares_prompts", 0) else None
     record = _Record()
     grad_norms: dict[str, list[float]] = {}
     stopped = False
@@ -237,7 +238,7 @@ def update(
                 rows_each = max(config.token_budget // max(int(costs[0]), 1), 1)
                 micro_batches = list(items.split(rows_each))  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
             else:
-                micro_batches = budgeted_microbatches(items, costs, config.token_budget)
+                micro_batches = budgeted_microbatches(items, costs, config.token_budget, neighbours)
             indices_of = [m if one_each else decision_indices(m, decision_counts) for m in micro_batches]
             rows_of = [columns[indices] for indices in indices_of]
             weight_sums = torch.stack([rows[:, 4:6].sum(0) for rows in rows_of]).sum(0)

@@ -313,6 +313,8 @@ def build_gym_run(config: GymConfig) -> GymRun:
     for name, (value, minimum) in least.items():
         if value < minimum:
             raise HeelerError(f"{name} must be at least {minimum}, not {value}")
+    if config.ppo.shuffle == "prompts":
+        raise HeelerError("--ppo.shuffle prompts is for language models: environments have no prompts")
     machine.keep_freed_memory()
     machine.seed_everything(config.seed)
     if not config.updates:

@@ -57,7 +57,10 @@ def make_score(run: TextRun) -> Callable[[Rollout, TrainState], tuple[ScoredRoll
         old, ref = torch.empty_like(rollout.behavior_logprobs), torch.empty_like(rollout.behavior_logprobs)
         values, after = torch.empty_like(old), torch.zeros_like(scores)
         for items in budgeted_microbatches(
-            torch.arange(len(inputs.lengths)), inputs.costs.cpu(), config.ppo.token_budget
+            torch.arange(len(inputs.lengths)),
+            inputs.costs.cpu(),
+            config.ppo.token_budget,
+            inputs.groups.cpu() if policy.shares_prompts else None,
         ):
             items = items.to(device)
             indices = decision_indices(items, inputs.decision_counts)

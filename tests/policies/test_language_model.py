@@ -324,13 +324,78 @@ def test_kept_states_of_a_shared_prompt(tiny_llama: str) -> None:
     torch.testing.assert_close(kept.logprobs, plain.logprobs, atol=1e-4, rtol=1e-4)
 
 
-def test_a_model_of_windows_does_not_share(tmp_path: Path) -> None:
+def mistral(window: int | None) -> Any:
     import transformers
 
-    config = transformers.MistralConfig(
-        vocab_size=97, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, sliding_window=4, pad_token_id=None,
-    )  # fmt: skip
-    model = transformers.MistralForCausalLM(config)
-    policy = LanguageModelPolicy(model, trainable=Full(), critic=ValueHead())
-    assert not policy.shares_prompts
+    return transformers.MistralForCausalLM(
+        transformers.MistralConfig(
+            vocab_size=257, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=1, sliding_window=window, pad_token_id=None,
+        )
+    ).eval()  # fmt: skip
+
+
+def test_models_with_windows_do_not_share(tmp_path: Path) -> None:
+    """Their windows are wider than the probe, so the config must say it; a critic's count too."""
+    import transformers
+
+    options: dict[str, Any] = {"trainable": Full(), "critic": ValueHead()}
+    assert LanguageModelPolicy(mistral(None), **options).shares_prompts
+    assert not LanguageModelPolicy(mistral(None), **options, share_prompts=False).shares_prompts
+    policy = LanguageModelPolicy(mistral(64), **options)
+    assert not policy.shares_prompts and "each reads it for itself" in policy.notes[-1]
+    neo = transformers.GPTNeoForCausalLM(
+        transformers.GPTNeoConfig(
+            vocab_size=97, hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]],
+        )
+    ).eval()  # fmt: skip
+    assert not LanguageModelPolicy(neo, **options).shares_prompts
+    mistral(64).base_model.save_pretrained(tmp_path / "critic")
+    critic = SeparateCritic(model=str(tmp_path / "critic"))
+    assert not LanguageModelPolicy(mistral(None), trainable=Full(), critic=critic).shares_prompts
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("way", [Full(), LoRA(rank=2), LoRA(rank=2, layers=1)], ids=str)
+def test_samples_share_their_prompt_in_every_way_to_train(way: Trainable, attention: str, tmp_path: Path) -> None:
+    """With a critic from another model, whose attention takes its mask in another form."""
+    other = save_tiny_model(tmp_path / "other", "gpt2", hidden=16, seed=3)
+    policy = LanguageModelPolicy(
+        load_causal_lm(save_tiny_model(tmp_path / "model")), trainable=way, critic=SeparateCritic(model=other)
+    )
+    policy.critic_body.set_attn_implementation(attention)
+    shake(policy)
+    inputs = groups()
+    plain_inputs = replace(inputs)
+    together = policy.evaluate(inputs)
+    policy.shares_prompts = False
+    alone = policy.evaluate(plain_inputs)
+    for name in ("logprobs", "entropy", "values"):
+        torch.testing.assert_close(getattr(together, name), getattr(alone, name), atol=1e-4, rtol=1e-3)
+
+
+def test_what_sharing_leaves_as_it_is() -> None:
+    """Tool tokens between decisions, sequences without decisions, no sequences, and groups too wide for a row."""
+    inputs = groups()
+    assert replace(inputs, tokens=inputs.tokens[:0], lengths=inputs.lengths[:0], is_decision=inputs.is_decision[:0]) \
+        .shared() is None  # fmt: skip
+    prompt, turns = list(range(1, 40)), [[50, 51, 52], [60, 61], [70, 71, 72, 73]]
+    tools = TokenInputs(
+        tokens=torch.tensor([t for turn in turns for t in [*prompt, *turn]] + prompt),
+        lengths=torch.tensor([42, 41, 43, 39]),
+        is_decision=torch.tensor(
+            [d for n in (3, 2, 4) for d in [*[False] * 39, True, *[False] * (n - 2), True]] + [False] * 39
+        ),
+    )
+    rows = tools.shared()
+    assert rows is not None and rows.tokens.tolist() == [50, 52, 60, 61, 70, 73]
+    assert int((rows.sequence >= 0).sum()) == 39 + 2 + 1 + 3  # pyright: ignore
+    many = [*prompt, *range(100, 160)]
+    wide = TokenInputs(
+        tokens=torch.tensor(many * 40),
+        lengths=torch.full((40,), len(many)),
+        is_decision=torch.tensor([i >= 39 for i in range(len(many))] * 40),
+    )
+    layout = wide.shared()
+    assert layout is not None and 400 < layout.ids.shape[1] <= 512 + len(many)
+    assert len(layout.tokens) == 40 * 60

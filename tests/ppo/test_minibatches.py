@@ -33,9 +33,25 @@ def test_groups_stay_together(num_groups, size, num_minibatches, seed):
     assert sorted(order.tolist()) == list(range(len(groups)))
     blocks = groups[order].reshape(num_groups, size)
     assert (blocks == blocks[:, :1]).all()
-    shuffles = {tuple(groups[torch.cat(shuffled_minibatches(len(groups), 1, seeded(s), groups))]) for s in range(20)}
+    shuffles = {tuple(groups[shuffled_minibatches(len(groups), 1, seeded(s), groups)[0]].tolist()) for s in range(20)}
     assert len(shuffles) > 1 or num_groups == 1
     assert max(len(m) for m in minibatches) - min(len(m) for m in minibatches) <= 1
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.integers(1, 9)), min_size=1, max_size=30), st.integers(1, 40),
+    st.integers(0, 5),
+)  # fmt: skip
+def test_micro_batches_keep_groups_together_within_the_budget(rows, budget, seed):
+    groups, costs = (torch.tensor(column) for column in zip(*rows, strict=True))
+    items = torch.randperm(len(rows), generator=seeded(seed))
+    batches = budgeted_microbatches(items, costs, budget, groups)
+    order = torch.cat(batches)
+    assert sorted(order.tolist()) == list(range(len(rows)))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * int(costs[batch].max()) <= budget
+    met = groups[order].tolist()
+    assert len([g for g, before in zip(met, [None, *met], strict=False) if g != before]) == len(set(met))
 
 
 def test_the_generator_decides_the_order():

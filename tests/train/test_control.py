@@ -374,6 +374,7 @@ def test_atari_games_get_the_atari_settings():
         (["gym", "--env", "CartPole-v1", "network:nature-cnn"], "the Nature CNN reads images"),
         (["gym", "--env", "tests.toy_envs:Pictures"], "an MLP cannot read the image camera"),
         (["gym", "--env", "CartPole-v1", "--env.num-envs", "0"], "--env.num-envs must be at least 1, not 0"),
+        (["gym", "--env", "CartPole-v1", "--ppo.shuffle", "prompts"], "environments have no prompts"),
         (["gym", "--env", "CartPole-v1", "--env.wrappers", "gymnasium.wrappers:FrameStackObservation"], "cannot wrap"),
         (["gym", "--env", "tests.toy_envs:OneState", "env.backend:vectorized"], "has no vectorised version"),
         (["gym", "--env", "CartPole-v1", "--checkpoint-every", "0"], "--checkpoint-every must be at least 1"),
