@@ -32,7 +32,6 @@ from heeler.train.text import TextRun, build_text_run  # noqa: E402
 
 CASES = (  # prompt tokens, tokens of an answer, prompts, samples of each
     (20, 4, 32, 8),
-    (20, 4, 64, 4),
     (100, 16, 8, 8),
     (10, 24, 64, 1),
 )

@@ -7,6 +7,7 @@ held-out questions.
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -115,6 +116,7 @@ def run_arithmetic(recipe: Arithmetic, show: bool = True) -> Path:
     # row i of seed s is row i + 1 of seed s - 1 in Reasoning Gym, so seeds lie far apart
     rows = _distinct(reasoning_gym_prompts(recipe.task, size, seed=recipe.seed * 1_000_000, **task.options))
     rows = [{**r, "prompt": _asked(r["prompt"])} for r in rows]
+    random.Random(recipe.seed).shuffle(rows)  # what is drawn often came first
     if len(rows) < examples + recipe.eval_prompts + task.prompts:
         raise HeelerError(
             f"{recipe.task} gave {len(rows)} different questions, too few for {examples} examples and"
