@@ -3,9 +3,9 @@
     python benchmarks/prompt_sharing.py [--threads 2]
 
 SmolLM2-135M, top 10 layers, 2 epochs of 2 minibatches, prompts of random tokens, no end of sequence, so that both ways
-sample the same number of tokens. The two ways take turns, two updates each after one to warm up; the faster counts. "Once"
-reads a prompt once while sampling, while scoring and in every pass of the update; "for each" gives every sample a
-request and a row of its own. Writes docs/benchmarks/prompt_sharing.md.
+sample the same number of tokens. The two ways take turns, two updates each after one to warm up; the faster counts.
+"Once" reads a prompt once while sampling, while scoring and in every pass of the update; "for each sample" gives every
+sample a request and a row of its own. Writes docs/benchmarks/prompt_sharing.md.
 """
 
 from __future__ import annotations
