@@ -14,6 +14,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
@@ -41,6 +42,14 @@ TITLES = {
     "qa": "Questions about countries that no training question names",
     "translate": "English into French, JupyterLab's interface",
     "rlhf": "RLHF on movie reviews",
+}
+
+NOTES = {
+    "rlhf": "GRUE's IMDB task [Ramamurthy et al., 2210.01241] has a sentiment score of .489 for GPT-2 as it came, .539"
+    " after fine-tuning and .626 after fine-tuning and PPO, at perplexities of 32.2, 35.5 and 35.0, with about 64k"
+    " sampled tokens. The measures are of the same kind, the rest is not the same: another model"
+    " (SmolLM2-135M-Instruct) and classifier, 24 tokens after 8 words, and likelihood under the base model (nats a"
+    " token, whose exponential is a perplexity).",
 }
 
 FIGURES = {
@@ -121,7 +130,13 @@ def section(task: str, runs: dict[int, Path]) -> list[str]:
         ]
         change = [f["SFT+PPO"][key] - f["SFT"][key] for f in found.values()]
         lines.append(f"| {FIGURES[key]} | {' | '.join(cells)} | {spread(change)} |")
-    return [*lines, ""]
+    lines += [""]
+    held_out = next(iter(runs.values())) / "data" / "held_out.jsonl"
+    if task not in NOTES and held_out.exists():
+        answers = Counter(str(json.loads(line)["answer"]) for line in held_out.read_text().splitlines())
+        answer, count = answers.most_common(1)[0]
+        lines += [f"Always answering {answer!r} would be right for {count / answers.total():.0%} of the questions.", ""]
+    return [*lines, *([NOTES[task], ""] if task in NOTES else [])]
 
 
 def picture(found: dict[str, dict[int, Path]], file: Path) -> None:
