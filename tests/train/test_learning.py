@@ -48,7 +48,8 @@ def test_count_to_n(count_llama: str, tmp_path: Path, seed: int) -> None:
     """Four digits in order for five different starts: credit has to reach each token."""
     config = TextConfig(
         model=count_llama, out=str(tmp_path / "run"), seed=seed, updates=60, prompts_per_update=64, lr=1e-3,
-        critic_lr=3e-3, lr_schedule=Schedule(shape="linear", end=0.1), trainable=Full(), sampling=Sampling(max_new_tokens=4), kl=FixedKL(coef=0.0), threads=1,
+        critic_lr=3e-3, lr_schedule=Schedule(shape="linear", end=0.1), trainable=Full(),
+        sampling=Sampling(max_new_tokens=4), kl=FixedKL(coef=0.0), threads=1,
         checkpoint_every=1000, advantage=AdvantageConfig(lam=0.95),
         ppo=PPOConfig(epochs=4, minibatches=2, entropy_coef=0.03),
     )  # fmt: skip
