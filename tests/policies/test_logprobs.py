@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -18,6 +18,7 @@ def slow(
     return logp.gather(1, tokens[:, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
 
+@example(9, 12, 1, 0.5, False, False, True, 1)  # 2.3e-5 off where the gradient's largest entry is above 1
 @given(
     n=st.integers(1, 9),
     vocab=st.integers(2, 12),
@@ -55,7 +56,8 @@ def test_chunked_equals_whole(
     for chunked, whole in zip(*results, strict=True):
         assert (chunked is None) == (whole is None)
         if chunked is not None:
-            torch.testing.assert_close(chunked, whole, atol=1e-4, rtol=1e-4)
+            scale = max(1.0, float(whole.abs().max()))  # terms of this size cancel in float32
+            torch.testing.assert_close(chunked, whole, atol=2e-5 * scale, rtol=1e-4)
 
 
 def test_entropy_without_a_gradient_is_a_constant() -> None:

@@ -57,4 +57,4 @@ def test_count_to_n(count_llama: str, tmp_path: Path, seed: int) -> None:
     assert run.folder is not None
     metrics = run.folder.metrics()
     assert metrics[0]["reward/mean"] < 0.2
-    assert sum(m["reward/mean"] for m in metrics[-5:]) / 5 > 0.75
+    assert sum(m["reward/mean"] for m in metrics[-5:]) / 5 > 0.8
