@@ -1,8 +1,8 @@
 """English and French texts of JupyterLab's menus, dialogs and settings, split so that nothing leaks.
 
 They come from the package `jupyterlab-language-pack-fr-FR` (BSD), compiled gettext files read with polib. A pair
-belongs to exactly one part, decided by a hash of its source's words: two sources that differ in case, spaces,
-punctuation or numbers only are on one side.
+belongs to exactly one part, decided by a hash of words: pairs are on one side if their sources, or their translations,
+differ in case, spaces, punctuation, numbers or plurals only.
 
 | part | share | used for |
 |---|---|---|
@@ -43,23 +43,48 @@ def words_of(text: str) -> str:
     return " ".join(re.findall(r"[^\W\d_]+", text.lower()))
 
 
+def _stems_of(text: str) -> str:
+    """The words of a text without the s and x of plurals: what pairs of one side may share."""
+    return " ".join(re.sub("[sx]$", "", word) for word in words_of(text).split())
+
+
 def split_pairs(pairs: Sequence[Pair], max_words: int) -> dict[Part, list[Pair]]:
     """Drop what is no translation, and split the rest.
 
     Dropped are pairs with an empty side, without words, with a source longer than `max_words` words, equal on both
     sides (names, file types), and sources that differ from an earlier one in case, numbers or punctuation only.
     """
-    parts: dict[Part, list[Pair]] = {part: [] for part, _ in _EDGES}
+    kept: list[Pair] = []
     seen: set[str] = set()
     for pair in pairs:
         source, target = " ".join(pair.source.split()), " ".join(pair.target.split())
         key = words_of(source)
         if key and target and source != target and len(source.split()) <= max_words and key not in seen:
             seen.add(key)
-            parts[_part(key)].append(Pair(source, target))
+            kept.append(Pair(source, target))
+    parts: dict[Part, list[Pair]] = {part: [] for part, _ in _EDGES}
+    for group in _alike(kept):
+        parts[_part(min(_stems_of(pair.source) for pair in group))] += group
     for chosen in parts.values():  # the files go subject by subject
         chosen.sort(key=lambda pair: _hash(pair.source, b"order"))
     return parts
+
+
+def _alike(pairs: Sequence[Pair]) -> list[list[Pair]]:
+    """The pairs in groups: those that share a source or a translation but for their plurals, directly or by others."""
+    parent: dict[tuple[str, str], tuple[str, str]] = {}
+
+    def root(node: tuple[str, str]) -> tuple[str, str]:
+        while parent.setdefault(node, node) != node:
+            node = parent[node]
+        return node
+
+    for pair in pairs:
+        parent[root(("source", _stems_of(pair.source)))] = root(("target", _stems_of(pair.target)))
+    groups: dict[tuple[str, str], list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault(root(("source", _stems_of(pair.source))), []).append(pair)
+    return list(groups.values())
 
 
 def _part(key: str) -> Part:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from heeler.data.translation import Pair, build_tokenizer, split_pairs, translation_pairs, words_of
+from heeler.data.translation import Pair, _stems_of, build_tokenizer, split_pairs, translation_pairs, words_of
 from heeler.types import HeelerError
 
 
@@ -30,6 +30,21 @@ def test_a_pair_stays_on_its_side_whatever_else_is_there() -> None:
     assert all(sides[pair] == name for name, part in half.items() for pair in part)
 
 
+def test_plurals_and_shared_translations_are_on_one_side() -> None:
+    chain = [
+        Pair("%1 cell hidden", "%1 cellule masquée"),
+        Pair("%1 cells hidden", "%1 cellules masquées"),
+        Pair("Proceed", "Continuer"),
+        Pair("Continue", "Continuer"),
+        Pair("Go on", "continuer"),
+    ]
+    for tail in "abcdefghijklmnop":  # whatever the hashes say
+        parts = split_pairs([Pair(f"{pair.source} {tail}q", f"{pair.target} {tail}q") for pair in chain], 9)
+        sides = {pair.source[:-3]: name for name, part in parts.items() for pair in part}
+        assert sides["%1 cell hidden"] == sides["%1 cells hidden"]
+        assert sides["Proceed"] == sides["Continue"] == sides["Go on"]
+
+
 def test_the_tokenizer_says_everything_and_ends_what_it_encodes() -> None:
     tokenizer = build_tokenizer(["Ouvrir le fichier", "Open the file"] * 5, 270)
     assert len(tokenizer) == 270 and tokenizer.pad_token_id == 0
@@ -48,3 +63,6 @@ def test_the_pairs_of_the_package() -> None:
     assert sum(len(part) for part in parts.values()) > 2000
     seen = {words_of(pair.source): name for name, part in parts.items() for pair in part}
     assert len(seen) == sum(len(part) for part in parts.values())
+    for side in ("source", "target"):
+        stems = [{_stems_of(getattr(pair, side)) for pair in part} for part in parts.values()]
+        assert sum(map(len, stems)) == len(set().union(*stems))
