@@ -38,6 +38,8 @@ class Task:
         prompts: questions of an update; each is answered `samples` times, and read once for all of them.
         samples: answers to each.
         updates: PPO updates.
+        balanced: fine-tuning and PPO see every answer equally often, so that guessing the commonest one does not pay;
+            the held-out questions are as they come.
     """
 
     options: dict[str, Any]
@@ -46,6 +48,7 @@ class Task:
     prompts: int = 32
     samples: int = 8
     updates: int = 30
+    balanced: bool = False
 
 
 TASKS = {
@@ -53,7 +56,7 @@ TASKS = {
         options={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}, answer_tokens=6, examples=600
     ),
     "gsm_symbolic": Task(options={}, answer_tokens=6, examples=600, prompts=16),
-    "syllogism": Task(options={}, answer_tokens=3, examples=400),
+    "syllogism": Task(options={}, answer_tokens=3, examples=400, balanced=True),
     "knights_knaves": Task(
         options={"n_people": 2, "depth_constraint": 2, "width_constraint": 2},
         answer_tokens=24,
@@ -123,6 +126,8 @@ def run_arithmetic(recipe: Arithmetic, show: bool = True) -> Path:
             f" {recipe.eval_prompts} held-out ones: give a smaller --examples or --eval-prompts"
         )
     held_out, rest = rows[: recipe.eval_prompts], rows[recipe.eval_prompts :]
+    if task.balanced:
+        rest = _balanced(rest)
     solved = [{"prompt": r["prompt"], "completion": f" {r['answer']}"} for r in rest[:examples]]
     prompts = rest[examples : examples + PROMPTS]  # PPO asks what fine-tuning did not teach
     config = TextConfig(
@@ -183,6 +188,14 @@ def _asked(question: str) -> str:
 def _distinct(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows whose questions differ, so that nothing held out is trained on."""
     return list({row["prompt"]: row for row in rows}.values())
+
+
+def _balanced(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The answers in turn, until the rarest has no more rows: the beginning is balanced too."""
+    of_answer: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        of_answer.setdefault(row["answer"], []).append(row)
+    return [row for turn in zip(*of_answer.values(), strict=False) for row in turn]
 
 
 def _train(out: Path, solved: list[dict[str, Any]], config: TextConfig, epochs: float, show: bool) -> Path:

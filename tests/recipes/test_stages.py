@@ -139,3 +139,8 @@ def test_nats_are_the_mean_of_each_text(tiny_llama: str, monkeypatch: pytest.Mon
 
 def _prompts(file: Path) -> list[str]:
     return [json.loads(line)["prompt"] for line in file.read_text().splitlines()]
+
+
+def test_balanced_questions_take_the_answers_in_turn() -> None:
+    rows = [{"answer": answer, "n": n} for n, answer in enumerate("YYYYNYYNN")]
+    assert [row["n"] for row in tasks._balanced(rows)] == [0, 4, 1, 7, 2, 8]
