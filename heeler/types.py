@@ -42,12 +42,19 @@ class Inputs(Protocol):
     Attributes:
         decision_counts: `[I]` int64, the number of decisions of each item; decisions are stored item by item.
         costs: `[I]` int64, what an item costs in a forward pass (tokens, or steps), for the micro-batch budget.
+        groups: `[I]` int64 from 0, the prompt of each item; None where items have no prompts.
+        neighbours: the same, where items of one prompt are cheaper side by side (a policy that `shares_prompts` then
+            keeps them so); None where they are not.
     """
 
     @property
     def decision_counts(self) -> Tensor: ...
     @property
     def costs(self) -> Tensor: ...
+    @property
+    def groups(self) -> Tensor | None: ...
+    @property
+    def neighbours(self) -> Tensor | None: ...
     def select(self, items: Tensor) -> Self:
         """The inputs of these items (`[J]` int64), in this order."""
         ...
@@ -130,7 +137,11 @@ class Optimizer(Protocol):
 
 
 class Policy(Protocol):
-    """What `ppo.update` trains: anything that can score decisions again, with gradients."""
+    """What `ppo.update` trains: anything that can score decisions again, with gradients.
+
+    It may have `ppo_gradients`, which takes the place of `evaluate` and autograd (see `ppo.update`), and
+    `shares_prompts`: whether it reads a prompt once for several items of it.
+    """
 
     def evaluate(self, inputs: Inputs) -> PolicyOutput: ...
 

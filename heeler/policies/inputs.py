@@ -55,7 +55,7 @@ class PaddedRows:
         return same.tril()[:, None]  # a pad sees pads: a row without anything to see would be NaN
 
 
-ROW_TOKENS = 512  # a wider row costs more attention (its square) than the prompt that it saves
+ROW_TOKENS = 512  # samples share a row up to this width: attention grows with its square
 
 
 def _running_sums(values: Tensor, group: Tensor) -> Tensor:
@@ -157,6 +157,14 @@ class TokenInputs:
         """`[I]` the prompt of each sequence: sequences with the same tokens before their first decision."""
         return self.beginnings[1]
 
+    @property
+    def neighbours(self) -> Tensor | None:
+        """`groups` where prompts repeat and are most of the tokens; elsewhere sorting by length saves more."""
+        first, group = self.beginnings
+        if len(group) == 0 or int(group.max()) + 1 == len(group) or 2 * int(first.sum()) <= len(self.tokens):
+            return None
+        return group
+
     def padded(self, *, include_last: bool = False) -> PaddedRows:
         """The rows of a forward pass. The last token of a sequence predicts nothing that was sampled, so it is
         left out unless `include_last` (a value after the last decision needs it)."""
@@ -172,8 +180,9 @@ class TokenInputs:
     def shared(self) -> PaddedRows | None:
         """Sequences that begin with the same undecided tokens hold them once: samples of one prompt read it together.
 
-        Several such groups may share a row, and a group of more than `ROW_TOKENS` tokens takes several, each with the
-        prompt. None where less than a fifth of the places of `padded` is saved.
+        Several such groups may share a row. A group that is wider than `ROW_TOKENS`, and whose samples are together
+        longer than the prompt, takes several rows, each with the prompt. None where nothing is shared, or less than a
+        fifth of the places of `padded` is saved.
         """
         if len(self.lengths) == 0:
             return None
@@ -181,9 +190,11 @@ class TokenInputs:
         first, group = self.beginnings
         fed = self.lengths - 1
         own = (fed - first).clamp(min=0)  # tokens of each sequence after the shared ones
-        part = _running_sums(own, group) // (ROW_TOKENS - first).clamp(min=1)
+        part = _running_sums(own, group) // torch.maximum(ROW_TOKENS - first, first)
         group = torch.unique(torch.stack([group, part]), dim=1, return_inverse=True)[1]
         num_groups = int(group.max()) + 1
+        if num_groups == len(group):
+            return None
         prefix = first.new_zeros(num_groups).scatter_reduce(0, group, torch.minimum(first, fed), "amax")
         widths = prefix.scatter_add(0, group, own)
         rows, columns = first_fit(widths, int(widths.max()))
@@ -192,7 +203,8 @@ class TokenInputs:
         common = position < first[item]
         behind = (prefix[group] + _running_sums(own, group) - first)[item] + position
         numbers = torch.arange(len(group), device=group.device)
-        leader = numbers.new_zeros(num_groups).scatter_reduce(0, group, numbers, "amin", include_self=False)
+        whole = numbers + len(group) * (fed < first)  # a sequence without decisions does not feed its last token
+        leader = numbers.new_zeros(num_groups).scatter_reduce(0, group, whole, "amin", include_self=False) % len(group)
         return self._laid_out(
             rows[group[item]],
             columns[group[item]] + torch.where(common, position, behind),

@@ -122,13 +122,7 @@ class LanguageModelPolicy:
         token_bias: Tensor | None = None,
         share_prompts: bool = True,
     ) -> None:
-        self.trainable, self.critic_config = trainable, critic
-        self.temperature, self.precision = temperature, precision
-        self.entropy_gradient = entropy_gradient
-        self.notes: list[str] = []  # what the user should know about the paths that were chosen
-        self.model: Any = model.eval()
-        self.device: torch.device = next(model.parameters()).device
-        self.token_bias = None if token_bias is None else token_bias.to(self.device)
+        self._keep(model, trainable, critic, temperature, precision, entropy_gradient, token_bias)
         base = model.base_model
         if isinstance(trainable, (TopLayers, LoRA)) and trainable.layers is not None:
             found = layer_list(base)
@@ -154,7 +148,6 @@ class LanguageModelPolicy:
         if precision == "bf16":
             for parameter in self.engine_model.parameters():  # not the buffers: rotary frequencies need their digits
                 parameter.data = parameter.data.to(torch.bfloat16)
-        self.peft_model: Any = None
         critic_source = (
             copy.deepcopy(base) if isinstance(critic, SeparateCritic) and isinstance(trainable, Full) else None
         )
@@ -177,6 +170,27 @@ class LanguageModelPolicy:
         self.shares_prompts = share_prompts and all(self._can_share_prompts(body) for body in bodies)
         if share_prompts and not self.shares_prompts:
             self.notes.append("samples of one prompt cannot share its tokens in this model: each reads it for itself")
+
+    def _keep(
+        self,
+        model: Any,
+        trainable: Trainable,
+        critic: Critic,
+        temperature: float,
+        precision: Literal["fp32", "bf16"],
+        entropy_gradient: bool,
+        token_bias: Tensor | None,
+    ) -> None:
+        self.trainable, self.critic_config = trainable, critic
+        self.temperature, self.precision = temperature, precision
+        self.entropy_gradient = entropy_gradient
+        self.notes: list[str] = []  # what the user should know about the paths that were chosen
+        self.model: Any = model.eval()
+        self.device: torch.device = next(model.parameters()).device
+        self.token_bias = None if token_bias is None else token_bias.to(self.device)
+        self.peft_model: Any = None
+        self.critic_body: Any = None
+        self.trunk: Any = None
 
     # what is trained ------------------------------------------------------------------------------------------
 
@@ -234,7 +248,6 @@ class LanguageModelPolicy:
 
     def _split(self, reference_model: Any) -> None:
         base = self.model.base_model
-        self.trunk: Any = None
         self.top: Any = base
         self.reference_top: Any = base if reference_model is None else reference_model.base_model
         layers = getattr(self.trainable, "layers", None)
@@ -257,7 +270,6 @@ class LanguageModelPolicy:
             self.reference_top = reference_halves[1]
 
     def _build_critic(self, critic: Critic, source: Any) -> None:
-        self.critic_body: Any = None
         hidden_size = int(self.model.config.get_text_config().hidden_size)
         if isinstance(critic, SeparateCritic):
             scores: nn.Linear | None = None
@@ -414,7 +426,10 @@ class LanguageModelPolicy:
             hidden = hidden.detach()
         return self.value_network(hidden.float())[..., 0]
 
-    def _rows(self, inputs: TokenInputs) -> PaddedRows:
+    def _rows(self, inputs: TokenInputs, include_last: bool = False) -> Any:
+        """The rows of a forward pass; `include_last` for the values after each sequence's last token."""
+        if include_last:
+            return inputs.padded(include_last=True)
         shared = inputs.shared() if self.shares_prompts else None
         return inputs.padded() if shared is None else shared
 
@@ -462,7 +477,7 @@ class LanguageModelPolicy:
             The policy's output on the `[n]` decisions, the reference's log-probabilities `[n]`, and `[I]` the
             values after each sequence's last token (0 unless `last_values`).
         """
-        rows = inputs.padded(include_last=True) if last_values else self._rows(inputs)
+        rows = self._rows(inputs, last_values)
         states = self.trunk_states(rows)
         with self._autocast():
             logprobs, entropy, hidden = self._logprobs(self.top, self.model, rows, states)
@@ -471,7 +486,7 @@ class LanguageModelPolicy:
                 ref_logprobs, _, _ = self._logprobs(self.reference_top, self._reference_model(), rows, states)
         after = grid.new_zeros(len(inputs.lengths))
         if last_values:
-            after = grid[torch.arange(len(rows.lengths)), rows.lengths - 1]
+            after = grid[torch.arange(len(rows.lengths), device=grid.device), rows.lengths - 1]
         output = PolicyOutput(logprobs=logprobs, entropy=entropy, values=grid[rows.rows, rows.columns])
         return output, ref_logprobs, after
 

@@ -11,6 +11,7 @@ every target has its own.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -130,19 +131,9 @@ class Seq2SeqPolicy(LanguageModelPolicy):
                 f"{type(model).__name__} is an encoder-decoder model, whose values come from a head on its decoder:"
                 f" choose critic:value-head (ValueHead() in Python), not {type(critic).__name__}"
             )
-        self.trainable, self.critic_config = trainable, critic
-        self.temperature, self.precision = temperature, precision
-        self.entropy_gradient = entropy_gradient
-        self.notes: list[str] = []
-        self.model: Any = model.eval()
-        self.device: torch.device = next(model.parameters()).device
-        self.token_bias = None if token_bias is None else token_bias.to(self.device)
+        self._keep(model, trainable, critic, temperature, precision, entropy_gradient, token_bias)
         self.decoder_start = decoder_start_id(model)
-        self.peft_model: Any = None
         self.shares_prompts = share_prompts
-        self.trunk: Any = None
-        self.critic_body: Any = None
-
         for module in model.modules():
             if "Sinusoidal" in type(module).__name__:  # from_pretrained forgets that these are frozen
                 module.requires_grad_(False)
@@ -153,6 +144,8 @@ class Seq2SeqPolicy(LanguageModelPolicy):
         self.engine_model: Any = shared_copy(model, model.parameters() if precision == "bf16" else changing)
         if precision == "bf16":
             self.engine_model.to(torch.bfloat16)
+        self.top: Any = model  # both halves run in every pass
+        self.reference_top: Any = None
         self._reference_lm: Any = shared_copy(model, changing).requires_grad_(False)
         self.value_network = value_network(int(model.get_output_embeddings().weight.shape[1])).to(self.device)
 
@@ -207,8 +200,8 @@ class Seq2SeqPolicy(LanguageModelPolicy):
             use_cache=False,
         ).last_hidden_state
 
-    def _decide(self, model: Any, rows: Seq2SeqRows) -> tuple[Tensor, Tensor, Tensor]:
-        """`(logprobs [n], entropy [n], hidden [B, T, H])`."""
+    def _logprobs(self, body: Any, model: Any, rows: Any, states: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """`(logprobs [n], entropy [n], hidden [B, T, H])`; `body` and `states` are the causal models' trunk and top."""
         if self._head_scale is not None:
             hidden = self._decoder_states(model, rows)
             weight = model.get_output_embeddings().weight
@@ -226,13 +219,6 @@ class Seq2SeqPolicy(LanguageModelPolicy):
         logprobs, entropy = self._by_softmax(output.logits[rows.rows, rows.columns], rows.tokens)
         return logprobs, entropy, output.decoder_hidden_states[-1]
 
-    def _value_grid(self, hidden: Tensor) -> Tensor:
-        """`[B, T]` values before each target token."""
-        assert isinstance(self.critic_config, ValueHead)
-        if self.critic_config.detach:
-            hidden = hidden.detach()
-        return self.value_network(hidden.float())[..., 0].float()
-
     def _rows(self, inputs: TokenInputs, include_last: bool = False) -> Seq2SeqRows:
         return source_and_target(inputs, self.decoder_start, include_last=include_last, share=self.shares_prompts)
 
@@ -242,25 +228,11 @@ class Seq2SeqPolicy(LanguageModelPolicy):
         Raises:
             HeelerError: `pack_tokens` is given.
         """
-        assert isinstance(inputs, TokenInputs)
         if pack_tokens is not None:
             raise HeelerError("sequences of an encoder-decoder model cannot share rows: leave packing off")
-        rows = self._rows(inputs)
-        with self._autocast():
-            logprobs, entropy, hidden = self._decide(self.model, rows)
-            values = self._value_grid(hidden)[rows.rows, rows.columns]
-        return PolicyOutput(logprobs=logprobs, entropy=entropy, values=values)
+        return super().evaluate(inputs)
 
     @torch.no_grad()
-    def score(self, inputs: TokenInputs, *, last_values: bool = False) -> tuple[PolicyOutput, Tensor, Tensor]:
-        """What the update needs of a rollout: see `LanguageModelPolicy.score`."""
-        rows = self._rows(inputs, last_values)
-        with self._autocast():
-            logprobs, entropy, hidden = self._decide(self.model, rows)
-            grid = self._value_grid(hidden)
-            ref_logprobs, _, _ = self._decide(self._reference_lm, rows)
-        after = grid.new_zeros(len(rows.lengths))
-        if last_values:
-            after = grid[torch.arange(len(rows.lengths), device=grid.device), rows.lengths - 1]
-        output = PolicyOutput(logprobs=logprobs, entropy=entropy, values=grid[rows.rows, rows.columns])
-        return output, ref_logprobs, after
+    def export_model(self) -> Any:
+        """The trained model, in float32 whatever the precision."""
+        return copy.deepcopy(self.model)

@@ -24,8 +24,18 @@ def count(observations: Observed) -> int:
     return len(next(iter(observations.values())) if isinstance(observations, dict) else observations)
 
 
+class _WithoutPrompts:
+    @property
+    def groups(self) -> None:
+        return None
+
+    @property
+    def neighbours(self) -> None:
+        return None
+
+
 @dataclass(frozen=True, kw_only=True)
-class Steps:
+class Steps(_WithoutPrompts):
     """Environment steps, each an item of its own; implements `heeler.types.Inputs`.
 
     Attributes:
@@ -52,7 +62,7 @@ class Steps:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Segments:
+class Segments(_WithoutPrompts):
     """Runs of steps, each an item, for policies with a memory; implements `heeler.types.Inputs`.
 
     Attributes:

@@ -220,10 +220,10 @@ def update(
     alike = bool((costs == costs[:1]).all())  # then nothing is gained by sorting them
     columns = torch.stack([getattr(batch, name) for name in COLUMNS], dim=1)  # (N, 7): one gather a minibatch
     num_items = -int(reduce.max(-torch.tensor(len(costs))))  # the smallest share of any process
-    groups: Tensor | None = getattr(batch.inputs, "groups", None) if config.shuffle == "prompts" else None
+    groups = batch.inputs.groups if config.shuffle == "prompts" else None
     if groups is None and config.shuffle == "prompts":
-        raise HeelerError("--ppo.shuffle prompts is for samples of prompts, of which this batch has none")
-    neighbours: Tensor | None = getattr(batch.inputs, "groups", None) if getattr(policy, "shares_prompts", 0) else None
+        raise HeelerError('shuffle="prompts" is for samples of prompts, of which this batch has none')
+    neighbours = batch.inputs.neighbours if getattr(policy, "shares_prompts", False) else None
     record = _Record()
     grad_norms: dict[str, list[float]] = {}
     stopped = False
@@ -234,7 +234,7 @@ def update(
         num_minibatches = min(config.minibatches, num_items)  # fewer where there are fewer items
         for items in shuffled_minibatches(len(costs), num_minibatches, generator, groups) if num_items else []:
             items = items.to(costs.device)
-            if alike:
+            if alike and neighbours is None:
                 rows_each = max(config.token_budget // max(int(costs[0]), 1), 1)
                 micro_batches = list(items.split(rows_each))  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
             else:

@@ -56,11 +56,13 @@ def make_score(run: TextRun) -> Callable[[Rollout, TrainState], tuple[ScoredRoll
         bootstrapping = config.truncation == "bootstrap"
         old, ref = torch.empty_like(rollout.behavior_logprobs), torch.empty_like(rollout.behavior_logprobs)
         values, after = torch.empty_like(old), torch.zeros_like(scores)
+        shares = policy.shares_prompts and not bootstrapping  # values after the end want rows of their own
+        neighbours = inputs.neighbours if shares else None
         for items in budgeted_microbatches(
             torch.arange(len(inputs.lengths)),
             inputs.costs.cpu(),
             config.ppo.token_budget,
-            inputs.groups.cpu() if policy.shares_prompts else None,
+            None if neighbours is None else neighbours.cpu(),
         ):
             items = items.to(device)
             indices = decision_indices(items, inputs.decision_counts)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from heeler.policies.inputs import TokenInputs
+from heeler.policies.inputs import PaddedRows, TokenInputs
 from heeler.policies.language_model import (
     Full,
     LanguageModelPolicy,
@@ -258,11 +258,15 @@ def groups(vocab: int = 257, seed: int = 0) -> TokenInputs:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_the_shared_layout_shows_each_decision_what_its_sequence_holds(seed: int) -> None:
-    """Read back through mask and positions, the context of every decision is its own sequence up to there."""
     inputs = groups(seed=seed)
     rows = inputs.shared()
     assert rows is not None
     assert int((rows.sequence >= 0).sum()) < int((inputs.lengths - 1).sum())  # pyright: ignore
+    read_back(inputs, rows)
+
+
+def read_back(inputs: TokenInputs, rows: PaddedRows) -> None:
+    """Through mask and positions, the context of every decision is its own sequence up to there."""
     visible = rows.visible[:, 0]
     n = 0
     for start, length in zip(inputs.starts.tolist(), inputs.lengths.tolist(), strict=True):
@@ -276,7 +280,6 @@ def test_the_shared_layout_shows_each_decision_what_its_sequence_holds(seed: int
                 assert int(rows.tokens[n]) == int(inputs.tokens[start + t])
                 n += 1
     assert n == len(rows.tokens)
-    assert sequences().shared() is None  # nothing in common: nothing to gain
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -365,6 +368,7 @@ def test_samples_share_their_prompt_in_every_way_to_train(way: Trainable, attent
     )
     policy.critic_body.set_attn_implementation(attention)
     shake(policy)
+    assert policy.shares_prompts
     inputs = groups()
     plain_inputs = replace(inputs)
     together = policy.evaluate(inputs)
@@ -381,15 +385,20 @@ def test_what_sharing_leaves_as_it_is() -> None:
         .shared() is None  # fmt: skip
     prompt, turns = list(range(1, 40)), [[50, 51, 52], [60, 61], [70, 71, 72, 73]]
     tools = TokenInputs(
-        tokens=torch.tensor([t for turn in turns for t in [*prompt, *turn]] + prompt),
-        lengths=torch.tensor([42, 41, 43, 39]),
+        tokens=torch.tensor(prompt + [t for turn in turns for t in [*prompt, *turn]]),
+        lengths=torch.tensor([39, 42, 41, 43]),
         is_decision=torch.tensor(
-            [d for n in (3, 2, 4) for d in [*[False] * 39, True, *[False] * (n - 2), True]] + [False] * 39
+            [False] * 39 + [d for n in (3, 2, 4) for d in [*[False] * 39, True, *[False] * (n - 2), True]]
         ),
     )
     rows = tools.shared()
     assert rows is not None and rows.tokens.tolist() == [50, 52, 60, 61, 70, 73]
     assert int((rows.sequence >= 0).sum()) == 39 + 2 + 1 + 3  # pyright: ignore
+    read_back(tools, rows)
+    apart = TokenInputs(
+        tokens=torch.arange(1, 21), lengths=torch.tensor([8, 4, 4, 4]), is_decision=torch.arange(20) % 4 == 3
+    )
+    assert apart.shared() is None and apart.neighbours is None  # nothing in common
     many = [*prompt, *range(100, 160)]
     wide = TokenInputs(
         tokens=torch.tensor(many * 40),
@@ -398,4 +407,20 @@ def test_what_sharing_leaves_as_it_is() -> None:
     )
     layout = wide.shared()
     assert layout is not None and 400 < layout.ids.shape[1] <= 512 + len(many)
-    assert len(layout.tokens) == 40 * 60
+    read_back(wide, layout)
+    long = TokenInputs(
+        tokens=torch.tensor((list(range(1, 601)) + [7] * 50) * 8),
+        lengths=torch.full((8,), 650),
+        is_decision=torch.tensor(([False] * 600 + [True] * 50) * 8),
+    )
+    layout = long.shared()
+    assert layout is not None and layout.ids.shape == (1, 600 + 8 * 49)  # no more than the prompt once more
+    read_back(long, layout)
+
+
+def test_samples_lie_side_by_side_where_the_prompt_is_most_of_the_work() -> None:
+    inputs = groups()
+    assert inputs.neighbours is not None and inputs.neighbours.tolist() == inputs.groups.tolist()
+    answers = replace(inputs, lengths=inputs.lengths * 4, tokens=inputs.tokens.repeat_interleave(4))
+    answers = replace(answers, is_decision=(answers.places[1] > 0))
+    assert answers.neighbours is None

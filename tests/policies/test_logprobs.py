@@ -54,10 +54,11 @@ def test_chunked_equals_whole(
             total = total + (entropy * cotangents[1]).sum()
         total.backward()
         results.append([logprobs, entropy, h.grad, w.grad, None if b is None else b.grad])
-    for chunked, whole in zip(*results, strict=True):
+    for i, (chunked, whole) in enumerate(zip(*results, strict=True)):
         assert (chunked is None) == (whole is None)
         if chunked is not None:
-            scale = max(1.0, float(whole.detach().abs().max()))  # terms of this size cancel in float32
+            is_gradient = i >= 2  # whose terms cancel: float32 leaves an error of the largest one's size
+            scale = max(1.0, float(whole.abs().max())) if is_gradient else 1.0
             torch.testing.assert_close(chunked, whole, atol=2e-5 * scale, rtol=1e-4)
 
 

@@ -50,13 +50,30 @@ def test_micro_batches_change_nothing(budget):
 def test_prompts_are_shuffled_with_all_their_samples():
     policy, batch = policy_and_batch()
     config = PPOConfig(epochs=4, minibatches=4, shuffle="prompts")
-    with pytest.raises(HeelerError, match="shuffle prompts is for samples of prompts"):
+    with pytest.raises(HeelerError, match="is for samples of prompts, of which this batch has none"):
         updated(policy, batch, config)
-    batch.inputs.__dict__["groups"] = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])  # the dataclass is frozen
+    of_prompts = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
+    batch = replace(batch, inputs=replace(batch.inputs, groups=of_prompts))
     trained, _ = updated(policy, batch, config)
     pairs = [tuple(sorted(items)) for items in trained.evaluated]
     assert len(pairs) == 16 and set(pairs) == {(0, 4), (1, 5), (2, 6), (3, 7)}
     assert pairs[:4] != pairs[4:8] or pairs[:4] != pairs[8:12]  # another order in another epoch
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_neighbours_share_a_micro_batch_where_the_policy_shares_prompts(alike):
+    policy, batch = policy_and_batch()
+    costs = torch.full((8,), 3) if alike else batch.inputs.costs
+    of_prompts = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
+    batch = replace(batch, inputs=replace(batch.inputs, neighbours=of_prompts, costs=costs))
+    config = PPOConfig(epochs=1, minibatches=1, token_budget=2 * int(costs.max()))
+    together = []
+    for shares in (True, False):
+        policy.shares_prompts = shares
+        trained, _ = updated(policy, batch, config)
+        micro_batches = [set(items) for items in trained.evaluated]
+        together.append(sum({n, n + 4} <= items for items in micro_batches for n in range(4)))
+    assert together[0] > together[1]
 
 
 @pytest.mark.parametrize("shares", [[[0, 1, 2], [3, 4, 5, 6, 7]], [[5], [7, 1, 2], [0, 3, 4, 6]]])

@@ -40,6 +40,8 @@ class ToyInputs:
     decision_counts: Tensor
     costs: Tensor
     names: Tensor
+    groups: Tensor | None = None
+    neighbours: Tensor | None = None
 
     def select(self, items: Tensor) -> ToyInputs:
         rows = torch.tensor(rows_of(items.tolist(), self.decision_counts), dtype=torch.int64)
