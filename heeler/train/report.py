@@ -60,8 +60,7 @@ def print_report(run: Any) -> None:
 def sample_model(path: str, command: Any) -> list[str]:
     """Completions by a run's policy, or by any model."""
     from heeler.rollout.engines.draws import draw_seed
-    from heeler.rollout.engines.native import NativeEngine
-    from heeler.rollout.engines.seq2seq import Seq2SeqEngine
+    from heeler.rollout.engines.native import native_engine
     from heeler.rollout.text import decode
     from heeler.runtime import machine
     from heeler.types import Request
@@ -72,8 +71,7 @@ def sample_model(path: str, command: Any) -> list[str]:
     source = [[{"role": "user", "content": p}] if command.chat else p for p in command.prompt]
     room = loading.prompt_room(model, command.max_new_tokens)
     prompts = load_prompts(source, tokenizer, max_tokens=room)
-    kind = Seq2SeqEngine if model.config.is_encoder_decoder else NativeEngine
-    engine = kind(model, eos_ids=loading.end_of_sequence_ids(model, tokenizer))
+    engine = native_engine(model, eos_ids=loading.end_of_sequence_ids(model, tokenizer))
     requests = [Request(prompt=t, seed=draw_seed(command.seed, i)) for i, t in enumerate(prompts.tokens)]
     sampling = Sampling(max_new_tokens=command.max_new_tokens, temperature=command.temperature)
     return [decode(tokenizer, completion) for completion in engine.generate(requests, sampling)]

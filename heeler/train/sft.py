@@ -29,8 +29,7 @@ from heeler.policies.seq2seq import Seq2SeqPolicy
 from heeler.ppo.minibatches import budgeted_microbatches
 from heeler.ppo.schedules import Schedule
 from heeler.rollout.engines.draws import draw_seed
-from heeler.rollout.engines.native import NativeEngine
-from heeler.rollout.engines.seq2seq import Seq2SeqEngine
+from heeler.rollout.engines.native import native_engine
 from heeler.rollout.text import decode
 from heeler.runtime import machine
 from heeler.runtime.configs import from_json, to_json
@@ -421,8 +420,7 @@ def _sample(run: SFTRun, model: Any) -> None:
     prompts = [e.tokens[: e.is_target.index(True)] for e in chosen[: run.config.sample_prompts]]
     if not prompts or run.config.sample_tokens < 1:
         return
-    kind = Seq2SeqEngine if model.config.is_encoder_decoder else NativeEngine
-    engine = kind(model.to(run.policy.device), eos_ids=run.eos_ids)
+    engine = native_engine(model.to(run.policy.device), eos_ids=run.eos_ids)
     requests = [Request(prompt=p, seed=draw_seed(run.config.seed, i)) for i, p in enumerate(prompts)]
     completions = engine.generate(requests, Sampling(max_new_tokens=run.config.sample_tokens))
     samples = [

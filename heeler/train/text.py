@@ -29,10 +29,10 @@ from heeler.ppo.update import PPOConfig
 from heeler.rewards.functions import FunctionReward, RewardFunction
 from heeler.rewards.http import HTTPReward
 from heeler.rewards.specs import load_judges, load_reward
+from heeler.rollout.engines.batch import BatchEngine
 from heeler.rollout.engines.draws import draw_seed
 from heeler.rollout.engines.hf import HFEngine
-from heeler.rollout.engines.native import NativeEngine
-from heeler.rollout.engines.seq2seq import Seq2SeqEngine
+from heeler.rollout.engines.native import native_engine
 from heeler.rollout.engines.vllm import VLLMEngine
 from heeler.rollout.text import TextCollector, sample_rollout, samples_of
 from heeler.runtime import machine
@@ -248,7 +248,7 @@ class TextRun(Run):
         self.publish()
         total = len(self.eval_prompts) * self.most_tokens()
         bar = progress(total, "evaluating", "token", show=show)
-        if isinstance(self.engine, (NativeEngine, Seq2SeqEngine)):
+        if isinstance(self.engine, BatchEngine):
             self.engine.on_progress = bar.update
         try:
             # the draws depend on the seed and the prompt only, so before and after differ by the policy alone
@@ -262,7 +262,7 @@ class TextRun(Run):
             return evaluation
         finally:
             bar.close()
-            if isinstance(self.engine, (NativeEngine, Seq2SeqEngine)):
+            if isinstance(self.engine, BatchEngine):
                 self.engine.on_progress = None
 
     def most_tokens(self) -> int:
@@ -331,41 +331,24 @@ def build_text_run(
         share_prompts=config.share_prompts,
     )
     keep_states = config.reuse_trunk_states and policy.trunk is not None and config.truncation != "bootstrap"
+    options: dict[str, Any] = {
+        "eos_ids": eos_ids,
+        "max_rows": config.engine_rows,
+        "token_bias": bias,
+        "tokenizer": tokenizer,
+    }
+    if seq2seq and config.engine != "native":
+        raise HeelerError(f"the {config.engine} engine samples causal models only: leave --engine native")
     engine: Engine
-    if seq2seq:
-        if config.engine != "native":
-            raise HeelerError(f"the {config.engine} engine samples causal models only: leave --engine native")
-        engine = Seq2SeqEngine(
-            policy.engine_model,
-            eos_ids=eos_ids,
-            max_rows=config.engine_rows,
-            token_bias=bias,
-            tokenizer=tokenizer,
-            share_prompts=config.share_prompts,
-        )
-    elif config.engine == "hf":
-        engine = HFEngine(
-            policy.engine_model, eos_ids=eos_ids, max_rows=config.engine_rows, token_bias=bias, tokenizer=tokenizer
-        )
-    elif config.engine == "vllm":
-        engine = VLLMEngine(
-            policy.engine_model,
-            eos_ids=eos_ids,
-            max_rows=config.engine_rows,
-            token_bias=bias,
-            tokenizer=tokenizer,
-            memory=config.engine_memory,
-        )
-    else:
-        engine = NativeEngine(
-            policy.engine_model,
-            eos_ids=eos_ids,
-            max_rows=config.engine_rows,
-            trunk_layers=policy.num_trunk_layers if keep_states else None,
-            token_bias=bias,
-            tokenizer=tokenizer,
-            share_prompts=config.share_prompts,
-        )
+    match config.engine:
+        case "hf":
+            engine = HFEngine(policy.engine_model, **options)
+        case "vllm":
+            engine = VLLMEngine(policy.engine_model, **options, memory=config.engine_memory)
+        case "native":
+            if keep_states:
+                options["trunk_layers"] = policy.num_trunk_layers
+            engine = native_engine(policy.engine_model, **options, share_prompts=config.share_prompts)
     if precision == "bf16":
         config = replace(config, ppo=replace(config.ppo, ratio_tolerance=max(config.ppo.ratio_tolerance, 0.05)))
     groups = policy.parameter_groups()

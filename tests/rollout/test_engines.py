@@ -84,6 +84,56 @@ def test_finished_rows_leave_the_batch(tiny_llama: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_waiting_requests_take_the_rows_of_those_that_ended(architecture: str, tmp_path: Path) -> None:
+    """Tokens, log-probabilities and kept states are those of each request alone, whenever it joined and beside whom."""
+    policy = LanguageModelPolicy(
+        model_that_stops(save_tiny_model(tmp_path, architecture)), trainable=TopLayers(layers=1), critic=ValueHead()
+    )
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 20, (40,), generator=generator).tolist()
+    many = [
+        Request(prompt=torch.randint(0, 250, (n,), generator=generator).tolist(), seed=draw_seed(5, i))
+        for i, n in enumerate(lengths)
+    ]
+    many += [Request(prompt=many[3].prompt, seed=1), Request(prompt=tuple(many[3].prompt), seed=2)]
+    passes: list[tuple[int, int]] = []
+    policy.engine_model.register_forward_pre_hook(
+        lambda m, a, kw: passes.append(tuple(kw["input_ids"].shape)), with_kwargs=True
+    )
+    engine = NativeEngine(
+        policy.engine_model, eos_ids=range(25), max_rows=8, trunk_layers=policy.num_trunk_layers or None
+    )
+    sampling = Sampling(max_new_tokens=16)
+    together = engine.generate(many, sampling)
+    reads = [i for i, (_, width) in enumerate(passes) if width > 1]
+    assert max(rows for rows, _ in passes) == 8 and len(reads) > 10  # a few at a time, not five batches
+    assert len(passes) < 0.8 * (5 * 16) + len(reads)
+    for request, completion in zip(many, together, strict=True):
+        (alone,) = engine.generate([request], sampling)
+        same([completion], [alone])
+        if engine.keeps_states:
+            assert completion.trunk_states is not None and alone.trunk_states is not None
+            assert completion.trunk_states.shape[0] == len(request.prompt) + len(completion.tokens) - 1
+            torch.testing.assert_close(completion.trunk_states, alone.trunk_states, atol=1e-4, rtol=1e-4)
+    assert {c.finish_reason for c in together} == {"stop", "length"}
+
+
+def test_models_with_windows_sample_one_batch_after_the_other() -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.MistralConfig(
+        vocab_size=257, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, sliding_window=6, pad_token_id=None,
+    )  # fmt: skip
+    engine = NativeEngine(transformers.MistralForCausalLM(config).eval(), eos_ids=range(60), max_rows=4)
+    many = [Request(prompt=list(range(3, 5 + i)), seed=i) for i in range(11)]
+    sampling = Sampling(max_new_tokens=12)
+    for request, completion in zip(many, engine.generate(many, sampling), strict=True):
+        same([completion], engine.generate([request], sampling))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_prompt_of_several_samples_is_read_once(architecture: str, tmp_path: Path) -> None:
     policy = LanguageModelPolicy(
         model_that_stops(save_tiny_model(tmp_path, architecture)), trainable=TopLayers(layers=1), critic=ValueHead()

@@ -1,4 +1,4 @@
-"""What sampling a batch keeps about its requests, whatever model draws the tokens."""
+"""What Heeler's own engines share: their options, and the tokens of requests as they are drawn."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from heeler.rollout.engines.draws import sample, uniforms
 from heeler.rollout.engines.stopping import StopStrings
+from heeler.rollout.engines.weights import WeightReceiver
 from heeler.types import Completion, Request, Sampling
 
 LEAVE_FRACTION = 0.125  # finished rows are dropped once they are this share of the batch: dropping copies the cache
@@ -26,81 +27,109 @@ def distinct_prompts(requests: Sequence[Request]) -> tuple[list[tuple[int, ...]]
     return list(number), torch.tensor([number[tuple(r.prompt)] for r in requests])
 
 
-class SampledBatch:
-    """The tokens of B requests as they are drawn, and which of them have ended.
+class BatchEngine(WeightReceiver):
+    """The options of an engine that samples batches of rows.
 
     Args:
-        requests: of the batch.
-        sampling: length cap, temperature and stop strings.
-        eos_ids: tokens that end a completion, on the model's device.
-        token_bias: `[V]` added to the logits, or None.
-        tokenizer: finds stop strings.
-        on_progress: called with the tokens of every step, or None.
+        model: a transformers LM that belongs to the engine.
+        eos_ids: tokens that end a completion.
+        max_rows: rows sampled at once.
+        token_bias: `[V]` added to the logits (a token mask), or None.
+        tokenizer: finds stop strings; needed only where `Sampling.stop` is used.
+        share_prompts: read a prompt of several requests once.
 
     Attributes:
-        alive: `[b]` the request of each row that is still in the model's batch.
+        on_progress: called with the number of tokens of every step, or None.
     """
 
     def __init__(
         self,
-        requests: Sequence[Request],
-        sampling: Sampling,
-        eos_ids: Tensor,
-        token_bias: Tensor | None,
-        tokenizer: Any,
-        on_progress: Callable[[int], Any] | None,
+        model: Any,
+        *,
+        eos_ids: Sequence[int],
+        max_rows: int = 128,
+        token_bias: Tensor | None = None,
+        tokenizer: Any = None,
+        share_prompts: bool = True,
     ) -> None:
-        count, cap = len(requests), sampling.max_new_tokens
-        self.temperature, self.eos_ids, self.token_bias = sampling.temperature, eos_ids, token_bias
-        self.on_progress = on_progress
-        self.stops = StopStrings(tokenizer, sampling.stop)
-        self.stop_strings: list[str | None] = [None] * count
-        self.uniforms = uniforms([r.seed for r in requests], cap)
-        self.tokens = torch.zeros(count, cap, dtype=torch.long)
-        self.logprobs = torch.zeros(count, cap)
-        self.lengths = torch.full((count,), cap)
-        self.stopped = torch.zeros(count, dtype=torch.bool)
-        self.alive = torch.arange(count)
+        super().__init__(model)
+        self.tokenizer, self.max_rows, self.share_prompts = tokenizer, max_rows, share_prompts
+        self.device = next(model.parameters()).device
+        self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long, device=self.device)
+        self.token_bias = None if token_bias is None else token_bias.to(self.device)
+        self.on_progress: Callable[[int], Any] | None = None
 
-    def draw(self, t: int, logits: Tensor) -> Tensor:
-        """Draw token `t` of every row from `logits [b, V]`; returns the tokens `[b]` on the model's device."""
-        alive = self.alive
-        drawn, logprobs = sample(logits, self.uniforms[alive, t], self.temperature, self.token_bias)
-        self.tokens[alive, t], self.logprobs[alive, t] = drawn.cpu(), logprobs.cpu()
-        if self.on_progress is not None:
-            self.on_progress(int((~self.stopped[alive]).sum()))
-        ended = torch.isin(drawn, self.eos_ids).cpu()
+    def prompts_of(self, requests: Sequence[Request]) -> tuple[list[tuple[int, ...]], Tensor]:
+        """What is read for these requests, and `[B]` which of it is each one's prompt."""
+        return distinct_prompts(requests) if self.share_prompts else every_prompt(requests)
+
+
+def by_length(requests: Sequence[Request]) -> list[int]:
+    """The requests in order of their prompts' lengths, those of one prompt side by side."""
+    return sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt), tuple(requests[i].prompt)))
+
+
+class Draws:
+    """The tokens of requests as they are drawn, and which requests have ended.
+
+    Args:
+        requests: in the order of the rows.
+        sampling: length cap, temperature and stop strings.
+        engine: its ends of sequence, token bias, tokenizer and progress.
+
+    Attributes:
+        counts: `[R]` tokens that each request has.
+        stopped: `[R]` it ended by an end of sequence or a stop string.
+        finished: `[R]` it ended, the length cap included.
+    """
+
+    def __init__(self, requests: Sequence[Request], sampling: Sampling, engine: BatchEngine) -> None:
+        count, self.cap = len(requests), sampling.max_new_tokens
+        self.temperature, self.engine = sampling.temperature, engine
+        self.stops = StopStrings(engine.tokenizer, sampling.stop)
+        self.stop_strings: list[str | None] = [None] * count
+        self.uniforms = uniforms([r.seed for r in requests], self.cap)
+        self.tokens = torch.zeros(count, self.cap, dtype=torch.long)
+        self.logprobs = torch.zeros(count, self.cap)
+        self.counts = torch.zeros(count, dtype=torch.long)
+        self.stopped = torch.zeros(count, dtype=torch.bool)
+        self.finished = torch.zeros(count, dtype=torch.bool)
+
+    def draw(self, rows: Tensor, logits: Tensor) -> Tensor:
+        """The next token of the requests `rows [b]` from `logits [b, V]`: `[b]` on the model's device.
+
+        What is drawn for a request that has ended is not kept.
+        """
+        live = ~self.finished[rows]
+        at = self.counts[rows].clamp(max=self.cap - 1)
+        drawn, logprobs = sample(logits, self.uniforms[rows, at], self.temperature, self.engine.token_bias)
+        going, at = rows[live], at[live]
+        self.tokens[going, at], self.logprobs[going, at] = drawn.cpu()[live], logprobs.cpu()[live]
+        self.counts[going] += 1
+        if self.engine.on_progress is not None:
+            self.engine.on_progress(len(going))
+        ended = torch.isin(drawn, self.engine.eos_ids).cpu()[live]
         if self.stops.stop:
-            for i, row in enumerate(alive.tolist()):
-                if not ended[i] and not self.stopped[row]:
-                    self.stop_strings[row] = self.stops.hit(self.tokens[row, : t + 1].tolist())
+            for i, row in enumerate(going.tolist()):
+                if not ended[i]:
+                    self.stop_strings[row] = self.stops.hit(self.tokens[row, : int(at[i]) + 1].tolist())
                     ended[i] = self.stop_strings[row] is not None
-        fresh = alive[ended & ~self.stopped[alive]]
-        self.lengths[fresh], self.stopped[fresh] = t + 1, True
+        self.stopped[going[ended]] = True
+        self.finished = self.stopped | (self.counts == self.cap)
         return drawn
 
-    @property
-    def over(self) -> bool:
-        """Every row has ended."""
-        return bool(self.stopped[self.alive].all())
+    def enough_to_leave(self, rows: Tensor) -> bool:
+        """Whether the ended ones of `rows` are worth the copy of the cache without them."""
+        return float(self.finished[rows].float().mean()) >= LEAVE_FRACTION
 
-    def leave(self) -> Tensor | None:
-        """Drop the finished rows where they are enough; the rows that stay, on the model's device, or None."""
-        done = self.stopped[self.alive]
-        if float(done.float().mean()) < LEAVE_FRACTION:
-            return None
-        stay = (~done).nonzero()[:, 0]
-        self.alive = self.alive[stay]
-        return stay.to(self.eos_ids.device)
-
-    def completion(self, row: int, version: int, trunk_states: Tensor | None = None) -> Completion:
+    def completion(self, row: int, trunk_states: Tensor | None = None) -> Completion:
         """What request `row` got."""
-        n = int(self.lengths[row])
+        n = int(self.counts[row])
         return Completion(
             tokens=self.tokens[row, :n].tolist(),
             logprobs=self.logprobs[row, :n].clone(),
             finish_reason="stop" if bool(self.stopped[row]) else "length",
-            version=version,
+            version=self.engine.version,
             stop_string=self.stop_strings[row],
             trunk_states=trunk_states,
         )

@@ -1,89 +1,93 @@
 """The native engine: batched sampling from any transformers causal LM.
 
-Prompts are padded on the left, a prompt that is sampled several times is read once, keys and values lie in
-preallocated buffers, finished rows leave the batch, and no logits are kept. Where the trainer has a frozen trunk, the
-hidden states at its boundary are kept on the way: the trainer then never runs the trunk at all.
+    prompts, padded on the left          the pool: one row a completion, all rows end in the same column
+    . . a a a  -> keys, values           . . a a a a1 a2 a3
+    b b b b b                            b b b b b b1 b2 b3
+                                         . . . . c c  c  c1      joined where a row had ended
+
+A prompt that is sampled several times is read once, keys and values lie in preallocated buffers, requests that wait
+take the rows of those that ended, and no logits are kept. Where the trainer has a frozen trunk, the hidden states at
+its boundary are kept on the way: the trainer then never runs the trunk at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from heeler.policies.splitting import full_attention, layer_list
-from heeler.rollout.engines.batch import SampledBatch, distinct_prompts, every_prompt
-from heeler.rollout.engines.weights import WeightReceiver
+from heeler.rollout.engines.batch import BatchEngine, Draws, by_length
+from heeler.rollout.engines.seq2seq import Seq2SeqEngine
 from heeler.types import Completion, HeelerError, Request, Sampling
 
 
-def _make_cache(config: Any, capacity: int) -> Any:
-    """Preallocated buffers where every layer attends to everything; transformers' own cache otherwise."""
-    from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+@dataclass
+class Pool:
+    """The rows that are being sampled.
 
-    class BufferedLayer(DynamicLayer):
-        """Keys and values `[B, heads, capacity, D]`, written in place; readers get the filled part."""
+    Attributes:
+        rows: `[b]` the request of each row (on the host).
+        ids, positions: `[b, 1]` the last token of each, not read yet, and its position.
+        mask: `[b, capacity]` 0 at the columns before a row's first token.
+        padded: whether any row has such columns.
+        cache: keys and values of `end` columns.
+        end: columns that are filled.
+    """
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.length = 0
+    rows: Tensor
+    ids: Tensor
+    positions: Tensor
+    mask: Tensor
+    padded: bool
+    cache: Any
+    end: int
 
-        def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-            if not self.is_initialized:
-                self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-                batch, heads, _, width = key_states.shape
-                self.keys = key_states.new_empty(batch, heads, capacity, width)
-                self.values = value_states.new_empty(batch, heads, capacity, value_states.shape[-1])
-            end = self.length + key_states.shape[2]
-            assert self.keys is not None and self.values is not None
-            self.keys[:, :, self.length : end] = key_states
-            self.values[:, :, self.length : end] = value_states
-            self.length = end
-            return self.keys[:, :, :end], self.values[:, :, :end]
+    def select(self, stay: Tensor) -> None:
+        """Keep the rows `stay`."""
+        self.rows = self.rows[stay]
+        stay = stay.to(self.ids.device)
+        self.ids, self.positions, self.mask = self.ids[stay], self.positions[stay], self.mask[stay]
+        self.cache.batch_select_indices(stay)
 
-        def get_seq_length(self) -> int:
-            return self.length
+    def join(self, stay: Tensor, other: Pool, steps: int) -> Pool:
+        """The rows `stay` and all of `other`, with room for `steps` tokens more."""
+        from heeler.rollout.engines.buffers import join_caches
 
-    if not full_attention(config):
-        return DynamicCache(config=config)
-    return Cache(layers=[BufferedLayer() for _ in range(config.get_text_config(decoder=True).num_hidden_layers)])
+        rows = torch.cat([self.rows[stay], other.rows])
+        stay = stay.to(self.ids.device)
+        positions = torch.cat([self.positions[stay], other.positions])
+        width = int(positions.max())  # tokens of the longest row
+        columns = torch.arange(width + steps, device=positions.device)
+        return Pool(
+            rows=rows,
+            ids=torch.cat([self.ids[stay], other.ids]),
+            positions=positions,
+            mask=(columns >= width - positions).long(),
+            padded=bool((positions != width).any()),
+            cache=join_caches(self.cache, stay, other.cache, width, width + steps),
+            end=width,
+        )
 
 
-class NativeEngine(WeightReceiver):
-    """Samples in batches of `max_rows`; implements `heeler.types.Engine`.
+class NativeEngine(BatchEngine):
+    """Samples `max_rows` requests at once; implements `heeler.types.Engine`.
 
     Args:
         model: a causal LM that belongs to the engine.
-        eos_ids: tokens that end a completion.
-        max_rows: rows sampled at once.
         trunk_layers: keep the hidden states after this many layers; None keeps nothing.
-        token_bias: `[V]` added to the logits (a token mask), or None.
-        tokenizer: finds stop strings; needed only where `Sampling.stop` is used.
-        share_prompts: read a prompt of several requests once, where every layer attends to everything.
+        options: of `BatchEngine`. Prompts are shared, and rows that ended are taken by waiting requests, where every
+            layer attends to everything; elsewhere one batch follows the other.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        *,
-        eos_ids: Sequence[int],
-        max_rows: int = 128,
-        trunk_layers: int | None = None,
-        token_bias: Tensor | None = None,
-        tokenizer: Any = None,
-        share_prompts: bool = True,
-    ) -> None:
-        super().__init__(model)
-        self.tokenizer = tokenizer
-        self.share_prompts = share_prompts and full_attention(model.config)  # recurrent caches cannot be copied by rows
-        self.max_rows = max_rows
-        self.device = next(model.parameters()).device
-        self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long, device=self.device)
-        self.token_bias = None if token_bias is None else token_bias.to(self.device)
+    def __init__(self, model: Any, *, trunk_layers: int | None = None, **options: Any) -> None:
+        super().__init__(model, **options)
+        self.buffered = full_attention(model.config)  # a cache of one column a token
+        self.share_prompts = self.share_prompts and self.buffered
         self._captured: Tensor | None = None
-        self.on_progress: Callable[[int], Any] | None = None  # called with the tokens of every step
         self.keeps_states = trunk_layers is not None
         if trunk_layers is not None:
             found = layer_list(model.base_model)
@@ -97,65 +101,88 @@ class NativeEngine(WeightReceiver):
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         self.check_ready()
-        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt), requests[i].prompt))
-        completions: list[Completion | None] = [None] * len(requests)
-        for start in range(0, len(order), self.max_rows):
-            rows = order[start : start + self.max_rows]
-            for index, completion in zip(rows, self._batch([requests[i] for i in rows], sampling), strict=True):
-                completions[index] = completion
-        return [completion for completion in completions if completion is not None]
+        draws = Draws(requests, sampling, self)
+        states: list[list[Tensor]] = [[] for _ in requests]
+        waiting = by_length(requests)
+        pool: Pool | None = None
+        while waiting or pool is not None:
+            if pool is None:
+                chosen, waiting = waiting[: self.max_rows], waiting[self.max_rows :]
+                pool = self._read(chosen, requests, draws, states)
+            else:
+                self._step(pool, draws, states)
+            stay = (~draws.finished[pool.rows]).nonzero()[:, 0]
+            if len(stay) == 0:
+                pool = None
+            elif draws.enough_to_leave(pool.rows):
+                room = self.max_rows - len(stay) if self.buffered else 0
+                chosen, waiting = waiting[:room], waiting[room:]
+                if chosen:
+                    newcomers = self._read(chosen, requests, draws, states)
+                    rows = torch.cat([pool.rows[stay], newcomers.rows])
+                    pool = pool.join(stay, newcomers, draws.cap - int(draws.counts[rows].min()))
+                else:
+                    pool.select(stay)
+        self._captured = None
+        kept = [torch.cat(parts) if parts else None for parts in states]
+        return [draws.completion(row, kept[row]) for row in range(len(requests))]
 
-    def _batch(self, requests: list[Request], sampling: Sampling) -> list[Completion]:
-        lengths = torch.tensor([len(r.prompt) for r in requests])
-        width, cap, count = int(lengths.max()), sampling.max_new_tokens, len(requests)
-        prompts, owners = distinct_prompts(requests) if self.share_prompts else every_prompt(requests)
+    def _read(self, chosen: list[int], requests: Sequence[Request], draws: Draws, states: list[list[Tensor]]) -> Pool:
+        """Read the prompts of these requests and draw the first token of each."""
+        from heeler.rollout.engines.buffers import make_cache
+
+        prompts, owners = self.prompts_of([requests[i] for i in chosen])
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        width = int(lengths.max())
         ids = torch.zeros(len(prompts), width, dtype=torch.long)
-        mask = torch.zeros(len(prompts), width + cap, dtype=torch.long)
         for row, prompt in enumerate(prompts):
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
-            mask[row, width - len(prompt) :] = 1
-        positions = (mask[:, :width].cumsum(1) - 1).clamp(min=0)
-        ids, mask, positions = ids.to(self.device), mask.to(self.device), positions.to(self.device)
-        batch = SampledBatch(requests, sampling, self.eos_ids, self.token_bias, self.tokenizer, self.on_progress)
-        states: Tensor | None = None
+        first = width - lengths  # (P,) column of each prompt's first token
+        columns = torch.arange(width + draws.cap)
+        mask = (columns >= first[:, None]).long().to(self.device)
+        positions = (columns[:width] - first[:, None]).clamp(min=0).to(self.device)
+        cache = make_cache(self.model.config, width + draws.cap if self.buffered else None)
+        rows = torch.tensor(chosen)
+        of = owners.to(self.device)
+        pool = Pool(rows=rows, ids=ids.to(self.device), positions=positions, mask=mask, padded=bool(first.any()),
+                    cache=cache, end=width)  # fmt: skip
+        logits, reached = self._forward(pool)
+        if reached is not None:
+            for row, owner in zip(chosen, owners.tolist(), strict=True):
+                states[row].append(reached[owner, int(first[owner]) :])
+        if len(prompts) < len(chosen):  # from here on every request has a row
+            logits, pool.positions, pool.mask = logits[of], positions[of], mask[of]
+            cache.batch_select_indices(of)
+        self._next(pool, draws.draw(rows, logits))
+        return pool
 
-        cache = _make_cache(self.model.config, width + cap)
-        full_prompts = int(lengths.min()) == width  # no padding: no mask needed
-        for t in range(cap):
-            end = width + t
-            output = self.model(
-                input_ids=ids,
-                attention_mask=None if full_prompts else mask[:, :end],
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            )
-            logits, reached = output.logits[:, -1], self._captured if self.keeps_states else None
-            if t == 0 and len(prompts) < count:  # from here on every request has a row
-                rows = owners.to(self.device)
-                logits, positions, mask = logits[rows], positions[rows], mask[rows]
-                reached = None if reached is None else reached[rows]
-                cache.batch_select_indices(rows)
-            if reached is not None:
-                if states is None:
-                    states = torch.empty(count, width + cap - 1, reached.shape[-1], dtype=reached.dtype)
-                first = 0 if t == 0 else end - 1
-                states[batch.alive, first:end] = reached.cpu()
-            drawn = batch.draw(t, logits)
-            if batch.over:
-                break
-            ids = drawn[:, None]
-            positions = positions[:, -1:] + 1
-            stay = batch.leave()
-            if stay is not None:
-                ids, positions, mask = ids[stay], positions[stay], mask[stay]
-                cache.batch_select_indices(stay)
-        self._captured = None
+    def _step(self, pool: Pool, draws: Draws, states: list[list[Tensor]]) -> None:
+        """Read the last token of every row and draw the next."""
+        pool.end += 1
+        logits, reached = self._forward(pool)
+        if reached is not None:
+            for i, row in enumerate(pool.rows.tolist()):
+                if not draws.finished[row]:
+                    states[row].append(reached[i])
+        self._next(pool, draws.draw(pool.rows, logits))
 
-        completions: list[Completion] = []
-        for row in range(count):
-            n, pad = int(batch.lengths[row]), width - int(lengths[row])
-            kept = None if states is None else states[row, pad : width + n - 1].clone()
-            completions.append(batch.completion(row, self.version, kept))
-        return completions
+    def _forward(self, pool: Pool) -> tuple[Tensor, Tensor | None]:
+        """`(logits [b, V] after the last token, states at the trunk's boundary [b, n, H] on the host or None)`."""
+        output = self.model(
+            input_ids=pool.ids,
+            attention_mask=pool.mask[:, : pool.end] if pool.padded else None,
+            position_ids=pool.positions,
+            past_key_values=pool.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1], self._captured.cpu() if self.keeps_states and self._captured is not None else None
+
+    @staticmethod
+    def _next(pool: Pool, drawn: Tensor) -> None:
+        pool.ids, pool.positions = drawn[:, None], pool.positions[:, -1:] + 1
+
+
+def native_engine(model: Any, **options: Any) -> NativeEngine | Seq2SeqEngine:
+    """Heeler's engine for this model, causal or encoder-decoder."""
+    return (Seq2SeqEngine if model.config.is_encoder_decoder else NativeEngine)(model, **options)

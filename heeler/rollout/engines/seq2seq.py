@@ -6,63 +6,43 @@ written and of the source kept. Finished rows leave the batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from heeler.policies.loading import decoder_start_id
-from heeler.rollout.engines.batch import SampledBatch, distinct_prompts, every_prompt
-from heeler.rollout.engines.weights import WeightReceiver
+from heeler.rollout.engines.batch import BatchEngine, Draws, by_length
 from heeler.types import Completion, Request, Sampling
 
 
-class Seq2SeqEngine(WeightReceiver):
+class Seq2SeqEngine(BatchEngine):
     """Samples in batches of `max_rows`; implements `heeler.types.Engine`. Requests' prompts are the sources.
 
     Tokens that `generate` would force (`forced_bos_token_id` and the like) are drawn as all others are.
 
     Args:
-        model: a transformers encoder-decoder LM of its own.
-        eos_ids: tokens that end a completion.
-        max_rows: completions sampled at once.
-        token_bias: `[V]` added to the logits (a token mask), or None.
-        tokenizer: only where `Sampling.stop` is used.
-        share_prompts: encode a source of several requests once.
+        model: an encoder-decoder LM that belongs to the engine.
+        options: of `BatchEngine`.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        *,
-        eos_ids: Sequence[int],
-        max_rows: int = 128,
-        token_bias: Tensor | None = None,
-        tokenizer: Any = None,
-        share_prompts: bool = True,
-    ) -> None:
-        super().__init__(model)
+    def __init__(self, model: Any, **options: Any) -> None:
+        super().__init__(model, **options)
         self.decoder_start = decoder_start_id(model)
-        self.tokenizer, self.max_rows, self.share_prompts = tokenizer, max_rows, share_prompts
-        self.device = next(model.parameters()).device
-        self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long, device=self.device)
-        self.token_bias = None if token_bias is None else token_bias.to(self.device)
-        self.on_progress: Callable[[int], Any] | None = None  # called with the tokens of every step
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         self.check_ready()
-        order = sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt), requests[i].prompt))
-        completions: dict[int, Completion] = {}
+        draws = Draws(requests, sampling, self)
+        order = by_length(requests)
         for start in range(0, len(order), self.max_rows):
-            rows = order[start : start + self.max_rows]
-            completions.update(zip(rows, self._batch([requests[i] for i in rows], sampling), strict=True))
-        return [completions[i] for i in range(len(requests))]
+            self._batch(order[start : start + self.max_rows], requests, draws)
+        return [draws.completion(row) for row in range(len(requests))]
 
     def _encode(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor]:
         """`(states [B, S, H], mask [B, S])` of the sources, padded on the right, each distinct one encoded once."""
-        prompts, owners = distinct_prompts(requests) if self.share_prompts else every_prompt(requests)
+        prompts, owners = self.prompts_of(requests)
         ids = torch.zeros(len(prompts), max(map(len, prompts)), dtype=torch.long)
         mask = torch.zeros_like(ids)
         for row, prompt in enumerate(prompts):
@@ -72,16 +52,15 @@ class Seq2SeqEngine(WeightReceiver):
         states = self.model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
         return states[owners], mask[owners]
 
-    def _batch(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
+    def _batch(self, chosen: list[int], requests: Sequence[Request], draws: Draws) -> None:
         from transformers.cache_utils import DynamicCache, EncoderDecoderCache
         from transformers.modeling_outputs import BaseModelOutput
 
-        count, cap = len(requests), sampling.max_new_tokens
-        encoded, mask = self._encode(requests)
+        encoded, mask = self._encode([requests[i] for i in chosen])
         cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        batch = SampledBatch(requests, sampling, self.eos_ids, self.token_bias, self.tokenizer, self.on_progress)
-        ids = torch.full((count, 1), self.decoder_start, device=self.device)
-        for t in range(cap):
+        rows = torch.tensor(chosen)
+        ids = torch.full((len(chosen), 1), self.decoder_start, device=self.device)
+        while True:
             output = self.model(
                 encoder_outputs=BaseModelOutput(last_hidden_state=encoded),  # pyright: ignore
                 attention_mask=mask,
@@ -89,12 +68,12 @@ class Seq2SeqEngine(WeightReceiver):
                 past_key_values=cache,
                 use_cache=True,
             )
-            drawn = batch.draw(t, output.logits[:, -1])
-            if batch.over:
-                break
-            ids = drawn[:, None]
-            stay = batch.leave()
-            if stay is not None:
+            ids = draws.draw(rows, output.logits[:, -1])[:, None]
+            stay = (~draws.finished[rows]).nonzero()[:, 0]
+            if len(stay) == 0:
+                return
+            if draws.enough_to_leave(rows):
+                rows = rows[stay]
+                stay = stay.to(self.device)
                 ids, mask, encoded = ids[stay], mask[stay], encoded[stay]
                 cache.batch_select_indices(stay)
-        return [batch.completion(row, self.version) for row in range(count)]
