@@ -4,13 +4,14 @@
 
 Each run is one `heeler` command of COMMANDS with `--seed S --threads 1`, as many side by side as `--parallel` says:
 two runs with a thread each train more an hour on two cores than one after the other with both. Stages that are
-complete are not repeated, so the command can be continued. What a row has no run for is left out, and the table says
-how many seeds it stands on.
+complete are not repeated, so the command can be continued. What every complete run gave is kept in
+docs/data/tasks.json, and the page is made of all of that; runs of a task with different settings are not averaged.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import subprocess
 import sys
@@ -18,8 +19,11 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "docs" / "data" / "tasks.json"
+OF_THE_RUN = ("model", "data", "eval_data", "prompts", "eval_prompts", "reward", "out", "seed", "threads", "name")
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from pages import hardware, replace_section  # noqa: E402
@@ -47,9 +51,11 @@ TITLES = {
 NOTES = {
     "rlhf": "GRUE's IMDB task [Ramamurthy et al., 2210.01241] has a sentiment score of .489 for GPT-2 as it came, .539"
     " after fine-tuning and .626 after fine-tuning and PPO, at perplexities of 32.2, 35.5 and 35.0, with about 64k"
-    " sampled tokens. The measures are of the same kind, the rest is not the same: another model"
-    " (SmolLM2-135M-Instruct) and classifier, 24 tokens after 8 words, and likelihood under the base model (nats a"
-    " token, whose exponential is a perplexity).",
+    " sampled tokens; PPO without fine-tuning .602. The measures are of the same kind, the rest is not: another"
+    " model (SmolLM2-135M-Instruct) and classifier, 24 tokens after 8 words, and likelihood under the base model (nats"
+    " a token, whose exponential is a perplexity). PPO without fine-tuning is `heeler ppo imdb`, further up. The"
+    " preference model and the judge of the probability of positive are the same encoder trained on the same reviews,"
+    " with other losses; the bag of words has reviews of its own, and VADER has none.",
 }
 
 FIGURES = {
@@ -81,65 +87,86 @@ OF_TASK = {
 }
 
 
-def stages(folder: Path) -> dict[str, dict[str, float]]:
-    """Figures by stage."""
-    return json.loads((folder / "summary.json").read_text())["stages"]
+SHOWN = ("reward/solved", "reward/solved/greedy", "reward", "reward/greedy", "length", "kl/ref")
 
 
-def minutes(folder: Path) -> tuple[float, float]:
-    """Minutes of the stages before PPO, and of PPO (evaluations aside)."""
-    before, ppo = 0.0, json.loads((folder / "ppo" / "summary.json").read_text())["seconds/ppo"]
-    for stage in ("sft", "reward"):
+def _settings(config: Any) -> Any:
+    """A config without the files, folders and seeds of one run."""
+    if not isinstance(config, dict):
+        return config
+    return {key: _settings(value) for key, value in config.items() if key not in OF_THE_RUN}
+
+
+def read(task: str, seed: int, folder: Path) -> dict[str, Any]:
+    """What the page needs of a complete run: settings, figures of the stages, minutes, the curve of the rollouts."""
+    stages = json.loads((folder / "summary.json").read_text())["stages"]
+    for name in stages:
+        if name not in ("SFT", "SFT+PPO"):
+            stages[name].pop("kl/ref", None)  # a base model is no KL away from itself
+    minutes = {"ppo": json.loads((folder / "ppo" / "summary.json").read_text())["seconds/ppo"] / 60, "before": 0.0}
+    settings: dict[str, Any] = {}
+    for stage in ("sft", "reward", "ppo"):
         if (folder / stage / "summary.json").exists():
-            before += json.loads((folder / stage / "summary.json").read_text())["seconds"]
-    return before / 60, ppo / 60
+            saved = json.loads((folder / stage / "config.json").read_text())["config"]
+            settings[stage] = _settings(saved)
+            if stage != "ppo":
+                minutes["before"] += json.loads((folder / stage / "summary.json").read_text())["seconds"] / 60
+    rows = [json.loads(line) for line in (folder / "ppo" / "metrics.jsonl").read_text().splitlines()]
+    held_out = folder / "data" / "held_out.jsonl"
+    questions = [json.loads(line) for line in held_out.read_text().splitlines()] if held_out.exists() else []
+    answers = Counter(str(row["answer"]) for row in questions if "answer" in row)
+    return {
+        "task": task,
+        "seed": seed,
+        "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12],
+        "setting": {key: settings["ppo"][key] for key in ("updates", "prompts_per_update", "samples_per_prompt")}
+        | {"shuffle": settings["ppo"]["ppo"]["shuffle"]},
+        "minutes": {key: round(value, 1) for key, value in minutes.items()},
+        "stages": {
+            name: {key: round(figures[key], 4) for key in OF_TASK.get(task, SHOWN) if key in figures}
+            for name, figures in stages.items()
+        },
+        "commonest": [(answer, count / answers.total()) for answer, count in answers.most_common(1)],
+        "curve": [round(row["reward/mean"], 4) for row in rows],
+    }
 
 
 def spread(values: list[float]) -> str:
     return f"{mean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
 
 
-def section(task: str, runs: dict[int, Path]) -> list[str]:
-    found = {seed: stages(folder) for seed, folder in runs.items()}
-    names = list(next(iter(found.values())))
-    config = json.loads((next(iter(runs.values())) / "ppo" / "config.json").read_text())["config"]
-    shuffle = config["ppo"].get("shuffle", "sequences")
-    before, after = zip(*(minutes(folder) for folder in runs.values()), strict=True)
-    keys = [
-        key
-        for key in OF_TASK.get(
-            task, ("reward/solved", "reward/solved/greedy", "reward", "reward/greedy", "length", "kl/ref")
-        )
-        if any(key in figures for figures in next(iter(found.values())).values())
-    ]
+def section(task: str, runs: list[dict[str, Any]]) -> list[str]:
+    if len({run["settings"] for run in runs}) > 1:
+        by_settings = {run["seed"]: run["settings"] for run in runs}
+        sys.exit(f"the runs of {task} had different settings ({by_settings}): repeat those of the older ones")
+    found = [run["stages"] for run in runs]
+    setting, names = runs[0]["setting"], list(found[0])
+    keys = [key for key in OF_TASK.get(task, SHOWN) if any(key in figures for figures in found[0].values())]
+    seeds = ", ".join(str(run["seed"]) for run in runs)
     lines = [
         f"### {TITLES[task]}",
         "",
-        f"`heeler {' '.join(COMMANDS[task])}`, seed{'s' * (len(runs) > 1)} {', '.join(map(str, runs))};"
-        f" {config['updates']} updates of {config['prompts_per_update']} prompts with {config['samples_per_prompt']}"
-        f" completions each, minibatches of {shuffle}. On one thread {mean(before):.0f} minutes before PPO and"
-        f" {mean(after):.0f} of PPO.",
+        f"`heeler {' '.join(COMMANDS[task])}`, seed{'s' * (len(runs) > 1)} {seeds}; {setting['updates']} updates of"
+        f" {setting['prompts_per_update']} prompts with {setting['samples_per_prompt']} completions each, minibatches"
+        f" of {setting['shuffle']}. On one thread {mean(run['minutes']['before'] for run in runs):.0f} minutes before"
+        f" PPO and {mean(run['minutes']['ppo'] for run in runs):.0f} of PPO.",
         "",
         f"| figure | {' | '.join(names)} | change by PPO |",
         "|---" * (len(names) + 2) + "|",
     ]
     for key in keys:
-        cells = [
-            spread([f[name][key] for f in found.values()]) if all(key in f[name] for f in found.values()) else ""
-            for name in names
-        ]
-        change = [f["SFT+PPO"][key] - f["SFT"][key] for f in found.values()]
-        lines.append(f"| {FIGURES[key]} | {' | '.join(cells)} | {spread(change)} |")
+        per_stage = [[f[name].get(key) for f in found] for name in names]
+        cells = ["" if None in values else spread(values) for values in per_stage]
+        change = spread([f["SFT+PPO"][key] - f["SFT"][key] for f in found])
+        lines.append(f"| {FIGURES[key]} | {' | '.join(cells)} | {change} |")
     lines += [""]
-    held_out = next(iter(runs.values())) / "data" / "held_out.jsonl"
-    if task not in NOTES and held_out.exists():
-        answers = Counter(str(json.loads(line)["answer"]) for line in held_out.read_text().splitlines())
-        answer, count = answers.most_common(1)[0]
-        lines += [f"Always answering {answer!r} would be right for {count / answers.total():.0%} of the questions.", ""]
+    if runs[0]["commonest"] and task != "translate":
+        answer, share = runs[0]["commonest"][0][0], mean(run["commonest"][0][1] for run in runs)
+        lines += [f"Always answering {answer!r} would be right for {share:.0%} of the questions.", ""]
     return [*lines, *([NOTES[task], ""] if task in NOTES else [])]
 
 
-def picture(found: dict[str, dict[int, Path]], file: Path) -> None:
+def picture(found: dict[str, list[dict[str, Any]]], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -147,11 +174,9 @@ def picture(found: dict[str, dict[int, Path]], file: Path) -> None:
 
     figure, axes = plt.subplots(1, len(found), figsize=(3.6 * len(found), 3.2), layout="constrained", squeeze=False)
     for axis, (task, runs) in zip(axes[0], found.items(), strict=True):
-        for seed, folder in runs.items():
-            rows = [json.loads(line) for line in (folder / "ppo" / "metrics.jsonl").read_text().splitlines()]
-            rewards = [row["reward/mean"] for row in rows]
-            smooth = [mean(rewards[max(0, i - 4) : i + 1]) for i in range(len(rewards))]
-            axis.plot([row["step"] for row in rows], smooth, label=f"seed {seed}")
+        for run in runs:
+            smooth = [mean(run["curve"][max(0, i - 4) : i + 1]) for i in range(len(run["curve"]))]
+            axis.plot(range(1, len(smooth) + 1), smooth, label=f"seed {run['seed']}")
         axis.set(title=task, xlabel="PPO update")
         axis.grid(alpha=0.3)
         axis.legend()
@@ -199,12 +224,18 @@ def main() -> None:
     wanted = [(t, s, arguments.runs / f"{t}-{s}") for s in arguments.seeds for t in arguments.tasks]
     if not arguments.collect_only:
         train(wanted, arguments.parallel)
-    found: dict[str, dict[int, Path]] = {}
-    for task, seed, folder in sorted(wanted, key=lambda w: (arguments.tasks.index(w[0]), w[1])):
-        if (folder / "summary.json").exists():
-            found.setdefault(task, {})[seed] = folder
+    kept = json.loads(DATA.read_text())["runs"] if DATA.exists() else []
+    known = {(run["task"], run["seed"]): run for run in kept}
+    for folder in sorted(arguments.runs.glob("*-*")):
+        task, _, seed = folder.name.rpartition("-")
+        if task in COMMANDS and (folder / "summary.json").exists():
+            known[task, int(seed)] = read(task, int(seed), folder)
+    found = {task: [known[key] for key in sorted(known) if key[0] == task] for task in COMMANDS}
+    found = {task: runs for task, runs in found.items() if runs}
     if not found:
         sys.exit(f"no complete run in {arguments.runs}")
+    rows = ",\n".join(json.dumps(known[key]) for key in sorted(known))
+    DATA.write_text(f'{{"hardware": {json.dumps(hardware())}, "runs": [\n{rows}\n]}}\n')
     picture(found, ROOT / "docs" / "images" / "task_curves.png")
     lines = [
         "## Recipes of several stages",

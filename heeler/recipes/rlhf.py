@@ -4,10 +4,11 @@
 2. A reward model: MiniLM learns to prefer pieces of positive reviews to pieces of negative ones (Bradley-Terry).
 3. PPO with that reward from the fine-tuned policy.
 
-Base model, fine-tuned policy and PPO's policy continue the same held-out openings. They are judged by classifiers that
-no stage saw: the label-trained sentiment model of `heeler reward imdb` (its probability of positive), VADER, and a bag
-of words. The measures are those of GRUE's IMDB task [Ramamurthy et al., 2210.01241]: sentiment, and how likely the
-text is, here in nats a token under SmolLM2 as it came, for 24 tokens after 8 words.
+Base model, fine-tuned policy and PPO's policy continue the same held-out openings. They are judged by scorers that are
+no part of the reward: the label-trained sentiment model of `heeler reward imdb` (its probability of positive; the same
+encoder and the same reviews as the preference model, with labels), a bag of words from other reviews, and VADER. The
+measures are those of GRUE's IMDB task [Ramamurthy et al., 2210.01241]: sentiment, and how likely the text is, here in
+nats a token under SmolLM2 as it came, for 24 tokens after 8 words.
 """
 
 from __future__ import annotations
@@ -32,13 +33,13 @@ from heeler.ppo.minibatches import budgeted_microbatches
 from heeler.ppo.schedules import Schedule
 from heeler.ppo.update import PPOConfig
 from heeler.recipes.imdb import imdb_reward_model, smollm2_folder
-from heeler.recipes.stages import figures_of, finish, ppo_stage, sft_stage, write_rows
+from heeler.recipes.stages import claim, figures_of, finish, ppo_stage, sft_stage, write_rows
 from heeler.rewards.classifier import ClassifierReward
 from heeler.runtime.progress import say
 from heeler.runtime.runs import read_json
 from heeler.train.reward import RewardConfig
 from heeler.train.reward_run import RewardTask, train_reward
-from heeler.train.run import default_out
+from heeler.train.run import at_least
 from heeler.train.sft import SFTConfig
 from heeler.train.text import TextConfig
 from heeler.types import Sampling
@@ -100,7 +101,8 @@ def preferences(recipe: RLHF, part: Part, count: int) -> list[dict[str, Any]]:
 
 def run_rlhf(recipe: RLHF, show: bool = True) -> Path:
     """The whole recipe; the folder of its stages."""
-    out = Path(recipe.out or default_out("rlhf"))
+    at_least({"--eval-prompts": (recipe.eval_prompts, 1), "--pairs": (recipe.pairs, 1), "--words": (recipe.words, 1)})
+    out = claim(recipe.out, "rlhf", recipe)
     model = str(smollm2_folder(show))
     judge, _ = imdb_reward_model(show=show)
     say("1. fine-tuning on reviews", show)

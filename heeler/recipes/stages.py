@@ -3,8 +3,8 @@
     OUT/data/   what the stages read        OUT/sft/      OUT/reward/     OUT/ppo/      run folders
     OUT/summary.json                        figures of every stage on the same held-out prompts
 
-A stage that is complete is not repeated and one that was interrupted is resumed, so the same command goes on where it
-stopped.
+A stage that is complete is not repeated and one that was interrupted is resumed, so the same command with its --out
+goes on where it stopped. OUT/recipe.json keeps what the command said, and another command is refused there.
 """
 
 from __future__ import annotations
@@ -19,9 +19,28 @@ from heeler.rollout.engines.draws import GREEDY
 from heeler.runtime.progress import say
 from heeler.runtime.runs import read_json, write_json
 from heeler.train.report import figures_table
+from heeler.train.run import default_out
 from heeler.train.sft import SFTConfig, resume_sft, train_sft
 from heeler.train.text import TextConfig, build_text_run, resume_text, train_text
 from heeler.types import HeelerError
+
+
+def claim(folder: str | None, name: str, recipe: Any) -> Path:
+    """The recipe's folder, a new one where none is named.
+
+    Raises:
+        HeelerError: the folder belongs to a recipe with other options.
+    """
+    out = Path(folder or default_out(name))
+    said = {"recipe": name, **{key: value for key, value in vars(recipe).items() if key not in ("out", "threads")}}
+    out.mkdir(parents=True, exist_ok=True)
+    if {file.name for file in out.iterdir()} <= {"recipe.json"} or not (out / "recipe.json").exists():
+        write_json(out / "recipe.json", said)
+    before = read_json(out / "recipe.json")
+    other = [f"{key} {before.get(key)}, not {said.get(key)}" for key in said if before.get(key) != said[key]]
+    if other:
+        raise HeelerError(f"{out} was begun with {'; '.join(other)}: give the same options, or another --out")
+    return out
 
 
 def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -44,13 +63,20 @@ def _state(folder: Path) -> str:
     return "new"
 
 
+def _run(stage: Callable[[], Any], out: Path) -> None:
+    try:
+        stage()
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; go on with the same command and --out {out}") from None
+
+
 def _stage(folder: Path, start: Callable[[], Any], go_on: Callable[[], Any], show: bool) -> dict[str, Any]:
     """Start, continue or skip a stage, as its folder says; its summary."""
     match _state(folder):
         case "new":
-            start()
+            _run(start, folder.parent)
         case "interrupted":
-            go_on()
+            _run(go_on, folder.parent)
         case _:
             say(f"{folder} is complete", show)
     return read_json(folder / "summary.json")
@@ -69,11 +95,15 @@ def ppo_stage(config: TextConfig, show: bool = True) -> dict[str, Any]:
 
 
 def figures_of(model: str, config: TextConfig, file: Path, show: bool = True) -> dict[str, float]:
-    """Held-out figures of a model on the prompts, rewards and judges of `config`, kept in `file`."""
+    """Held-out figures of a model on the prompts, rewards and judges of `config`, kept in `file`.
+
+    Without those that compare it with a reference, which would be itself.
+    """
     if not file.exists():
         say(f"evaluating {model}", show)
         run = build_text_run(replace(config, model=model, prompts=""))
-        write_json(file, run.evaluate(show=show).figures)
+        figures = run.evaluate(show=show).figures
+        write_json(file, {key: value for key, value in figures.items() if key not in ("kl/ref", "perplexity")})
     return read_json(file)
 
 

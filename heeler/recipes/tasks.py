@@ -20,8 +20,8 @@ from heeler.ppo.kl import FixedKL
 from heeler.ppo.schedules import Schedule
 from heeler.ppo.update import PPOConfig
 from heeler.recipes.imdb import smollm2_folder
-from heeler.recipes.stages import figures_of, finish, greedy_figures, ppo_stage, sft_stage, write_rows
-from heeler.train.run import default_out
+from heeler.recipes.stages import claim, figures_of, finish, greedy_figures, ppo_stage, sft_stage, write_rows
+from heeler.train.run import at_least
 from heeler.train.sft import SFTConfig
 from heeler.train.text import TextConfig
 from heeler.types import HeelerError, Sampling
@@ -113,8 +113,9 @@ class QA:
 
 def run_arithmetic(recipe: Arithmetic, show: bool = True) -> Path:
     """The whole recipe; the folder of its stages."""
-    out, task = Path(recipe.out or default_out(recipe.task)), TASKS[recipe.task]
+    out, task = claim(recipe.out, recipe.task, recipe), TASKS[recipe.task]
     examples = task.examples if recipe.examples is None else recipe.examples
+    at_least({"--examples": (examples, 1), "--eval-prompts": (recipe.eval_prompts, 1)})
     size = 2 * (examples + PROMPTS + recipe.eval_prompts)  # some are drawn twice
     # row i of seed s is row i + 1 of seed s - 1 in Reasoning Gym, so seeds lie far apart
     rows = _distinct(reasoning_gym_prompts(recipe.task, size, seed=recipe.seed * 1_000_000, **task.options))
@@ -149,7 +150,7 @@ def run_arithmetic(recipe: Arithmetic, show: bool = True) -> Path:
 
 def run_qa(recipe: QA, show: bool = True) -> Path:
     """The whole recipe; the folder of its stages."""
-    out = Path(recipe.out or default_out("qa"))
+    out = claim(recipe.out, "qa", recipe)
     solved = [{"prompt": r["prompt"], "completion": f" {r['answer']}"} for r in country_questions("sft")]
     config = TextConfig(
         model=str(out / "sft"),

@@ -23,17 +23,17 @@ from heeler.ppo.advantages import AdvantageConfig
 from heeler.ppo.kl import FixedKL
 from heeler.ppo.schedules import Schedule
 from heeler.ppo.update import PPOConfig
-from heeler.recipes.stages import finish, ppo_stage, sft_stage, write_rows
+from heeler.recipes.stages import claim, finish, ppo_stage, sft_stage, write_rows
 from heeler.rollout.engines.draws import GREEDY, draw_seed
 from heeler.rollout.engines.seq2seq import Seq2SeqEngine
 from heeler.rollout.text import decode
 from heeler.runtime.packages import require
 from heeler.runtime.progress import say
 from heeler.runtime.runs import read_json, write_json
-from heeler.train.run import default_out
+from heeler.train.run import at_least
 from heeler.train.sft import SFTConfig
 from heeler.train.text import TextConfig
-from heeler.types import Request, Sampling
+from heeler.types import HeelerError, Request, Sampling
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +78,9 @@ class Translate:
     test_pairs: int = 256
 
 
+HEAD_WIDTH = 32
+
+
 def rows_of(pairs: Sequence[Pair], target: str) -> list[dict[str, str]]:
     """Rows with a "prompt", and the translation in the column `target`."""
     return [{"prompt": pair.source, target: pair.target} for pair in pairs]
@@ -95,8 +98,8 @@ def start_model(recipe: Translate, folder: Path) -> None:
         T5Config(
             vocab_size=len(tokenizer),
             d_model=recipe.width,
-            d_kv=32,
-            num_heads=recipe.width // 32,
+            d_kv=HEAD_WIDTH,
+            num_heads=recipe.width // HEAD_WIDTH,
             d_ff=recipe.width * 8 // 3,
             num_layers=recipe.layers,
             feed_forward_proj="gated-gelu",
@@ -195,7 +198,10 @@ def corpus_figures(model: str, pairs: Sequence[Pair], max_new_tokens: int, seed:
 def run_translate(recipe: Translate, show: bool = True) -> Path:
     """The whole recipe; the folder of its stages."""
     require("sacrebleu", "translate")
-    out = Path(recipe.out or default_out("translate"))
+    at_least({"--test-pairs": (recipe.test_pairs, 1), "--max-new-tokens": (recipe.max_new_tokens, 1)})
+    if recipe.width < 1 or recipe.width % HEAD_WIDTH:
+        raise HeelerError(f"--width {recipe.width} must be a multiple of {HEAD_WIDTH}, the width of an attention head")
+    out = claim(recipe.out, "translate", recipe)
     if not (out / "start" / "config.json").exists():
         start_model(recipe, out / "start")
     sft = sft_stage(sft_config(recipe, out), show)

@@ -53,6 +53,11 @@ def test_the_stages_chain_and_are_not_repeated(tiny_smollm2: str, tmp_path: Path
     tasks.run_arithmetic(recipe)
     assert (out / "ppo" / "metrics.jsonl").read_text() == trained
     assert json.loads((out / "summary.json").read_text()) == summary
+    assert "kl/ref" not in summary["stages"]["base"] and summary["stages"]["SFT"]["kl/ref"] == 0.0
+    for changed, says in ({"seed": 2}, "seed 1, not 2"), ({"task": "syllogism"}, "task chain_sum, not syllogism"):
+        with pytest.raises(HeelerError, match=f"was begun with .*{says}: give the same options, or another --out"):
+            tasks.run_arithmetic(replace(recipe, **changed))
+    tasks.run_arithmetic(replace(recipe, threads=2))
 
 
 def test_an_interrupted_stage_goes_on(tiny_smollm2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +72,7 @@ def test_an_interrupted_stage_goes_on(tiny_smollm2: str, tmp_path: Path, monkeyp
 
     train_text = stages.train_text
     monkeypatch.setattr(stages, "train_text", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="go on with the same command and --out"):
         tasks.run_arithmetic(recipe)
     monkeypatch.undo()
     for module in (tasks, rlhf):
