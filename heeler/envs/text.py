@@ -174,7 +174,7 @@ class ToolEnv:
         tools: functions from the input of a call to its output. One that raises `ToolError` is answered by
             `error: MESSAGE`; other exceptions stop the run.
         observation: the text around an output, with `{}` in its place.
-        stop: the ends of calls, so that a turn ends there.
+        stop: where a turn ends: the ends of calls, and what a subclass names here itself.
     """
 
     tools: ClassVar[Mapping[str, Callable[[str], str]]] = {}
@@ -182,7 +182,8 @@ class ToolEnv:
     stop: ClassVar[tuple[str, ...]] = ()
 
     def __init_subclass__(cls) -> None:
-        cls.stop = tuple(f"</{name}>" for name in cls.tools)
+        super().__init_subclass__()
+        cls.stop = (*(f"</{name}>" for name in cls.tools), *cls.__dict__.get("stop", ()))
 
     def __init__(self, prompt: Any = None, **columns: Any) -> None:
         names = "|".join(re.escape(name) for name in self.tools)

@@ -1,6 +1,6 @@
 """Tools that a policy may call in a `ToolEnv`: a calculator.
 
-heeler ppo dialogue --env heeler.envs.tools:Calculator --reward exact-match ...
+heeler ppo dialogue --env heeler.envs.tools:Calculator --reward math ...
 """
 
 from __future__ import annotations

@@ -170,11 +170,11 @@ def context_length(model: Any) -> int | None:
     return int(length) if length else None
 
 
-def prompt_room(model: Any, max_new_tokens: int) -> int | None:
+def prompt_room(model: Any, max_new_tokens: int, *, value_after: bool = False) -> int | None:
     """Tokens that a prompt may have beside a completion of `max_new_tokens`, or None where nothing limits them.
 
     An encoder-decoder model reads prompts and writes completions at positions of their own, and T5 has none to
-    run out of.
+    run out of. With `value_after` the decoder reads the completion's last token too, for the value after it.
 
     Raises:
         HeelerError: the completion does not fit the decoder's positions.
@@ -183,10 +183,11 @@ def prompt_room(model: Any, max_new_tokens: int) -> int | None:
         context = context_length(model)
         return None if context is None else context - max_new_tokens
     source, target = seq2seq_lengths(model)
-    if target is not None and max_new_tokens > target:
+    read = max_new_tokens + int(value_after)  # the decoder's start, and all tokens but the last
+    if target is not None and read > target:
         raise HeelerError(
-            f"completions of up to {max_new_tokens} tokens do not fit the decoder, which has {target} positions: allow"
-            " fewer new tokens"
+            f"completions of up to {max_new_tokens} tokens take {read} positions of the decoder, which has {target}:"
+            " allow fewer new tokens"
         )
     return source
 

@@ -57,11 +57,13 @@ class DialogueRollout(Rollout):
         step_rewards: `[N]` float32, what the environment paid: each turn's reward at its last token, 0 elsewhere.
         turns: `[S]` int64, turns of each episode.
         answers: `[S]` the last turn's text, without a stop string.
+        written: `[S]` the texts of all turns, without observations.
     """
 
     step_rewards: Tensor
     turns: Tensor
     answers: Sequence[str]
+    written: Sequence[str]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +90,7 @@ class Episode:
         turns: the turns so far.
         terminated, truncated: how it ended; both False while it runs.
         text: what followed the prompt, observations included.
+        written: the turns' texts.
         answer: the last turn's text.
     """
 
@@ -96,6 +99,7 @@ class Episode:
     terminated: bool = False
     truncated: bool = False
     text: str = ""
+    written: str = ""
     answer: str = ""
 
     @property
@@ -175,6 +179,7 @@ def _take_turn(
         observation = observation[: dialogue.max_context - length]  # read for the value after the last decision only
     episode.turns.append(Turn(completion=completion, reward=step.reward, observation=observation))
     episode.text += action + ("" if step.terminated else step.observation)
+    episode.written += action
     episode.answer = decode(tokenizer, completion)
 
 
@@ -245,6 +250,7 @@ def dialogue_rollout(
         step_rewards=step_rewards,
         turns=torch.tensor([len(e.turns) for e in episodes], device=device),
         answers=[e.answer for e in episodes],
+        written=[e.written for e in episodes],
     )
 
 

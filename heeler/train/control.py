@@ -37,7 +37,7 @@ from heeler.runtime.reduce import LocalReduce
 from heeler.runtime.runs import RunFolder, read_json, write_json
 from heeler.train.evaluate_control import GymPolicy, evaluate_policy, make_picture_env
 from heeler.train.ppo import Score, TrainState
-from heeler.train.run import OnUpdate, Run, begin, default_out, new_folder, restore, resume
+from heeler.train.run import OnUpdate, Run, at_least, begin, default_out, new_folder, restore, resume
 from heeler.train.scoring import LOGPROB_TOLERANCE, check_paths
 from heeler.types import (
     ActionSpec,
@@ -305,14 +305,12 @@ def score_segments(
 
 def build_gym_run(config: GymConfig) -> GymRun:
     """Make the environments and the policy; nothing is written yet."""
-    least = {
+    least: dict[str, tuple[float, float]] = {
         "--env.num-envs": (config.env.num_envs, 1), "--num-steps": (config.num_steps, 2), "--steps": (config.steps, 1),
         "--checkpoint-every": (config.checkpoint_every, 1), "--ppo.minibatches": (config.ppo.minibatches, 1),
         "--eval-episodes": (config.eval_episodes, 0), "--memory": (config.memory, 0),
     }  # fmt: skip
-    for name, (value, minimum) in least.items():
-        if value < minimum:
-            raise HeelerError(f"{name} must be at least {minimum}, not {value}")
+    at_least(least)
     if config.ppo.shuffle == "prompts":
         raise HeelerError("--ppo.shuffle prompts is for language models: environments have no prompts")
     machine.keep_freed_memory()

@@ -24,8 +24,9 @@ from heeler.rewards.weighted import WeightedSum
 from heeler.rollout.dialogue import Dialogue, DialogueCollector, DialogueRollout, dialogue_rollout
 from heeler.rollout.text import samples_of
 from heeler.runtime.reduce import LocalReduce
+from heeler.runtime.runs import RunFolder
 from heeler.train.ppo import UpdateReport
-from heeler.train.run import begin, default_out, new_folder, resume
+from heeler.train.run import at_least, begin, default_out, new_folder, resume
 from heeler.train.text import TextConfig, TextRun, build_text_run, load_run
 from heeler.types import HeelerError, Reward, RewardOutput, Rollout, Samples
 
@@ -109,6 +110,13 @@ class DialogueRun(TextRun):
             "episode/ended": rollout.terminated,
         }
 
+    def resolved(self) -> dict[str, Any]:
+        return {"answer_reward": not isinstance(self.reward, _Nothing), **super().resolved()}
+
+    def texts_of(self, rollout: Rollout) -> Sequence[str]:
+        assert isinstance(rollout, DialogueRollout)
+        return rollout.written
+
     def most_tokens(self) -> int:
         return self.config.sampling.max_new_tokens * self.config.max_turns
 
@@ -131,12 +139,11 @@ def build_dialogue_run(
         prompts, eval_prompts, env, reward: in place of the config's.
 
     Raises:
-        HeelerError: no environment, a cap below 1, a context longer than the model's, a reward of last turns together
-            with `--truncation bootstrap`.
+        HeelerError: no environment, a cap below 1, an encoder-decoder model, a context longer than the model's, a
+            prompt that leaves no room for a turn, a reward of last turns together with `--truncation bootstrap`.
     """
     factory = env if env is not None else load_environment(config.env)
-    if config.max_turns < 1 or config.sampling.max_new_tokens < 1:
-        raise HeelerError("an episode needs at least one turn, and a turn at least one token: raise the cap")
+    at_least({"--max-turns": (config.max_turns, 1)})
     rewarded = reward is not None or bool(config.reward.strip())
     if rewarded and config.truncation == "bootstrap":
         raise HeelerError(
@@ -144,6 +151,11 @@ def build_dialogue_run(
             " its last turn as well: leave out one of the two"
         )
     run = build_text_run(config, prompts=prompts, eval_prompts=eval_prompts, reward=reward if rewarded else _Nothing())
+    if run.policy.model.config.is_encoder_decoder:
+        raise HeelerError(
+            "dialogues need a causal model: an encoder-decoder model reads a source once, and has no place for what an"
+            " environment answers"
+        )
     limit = loading.context_length(run.policy.model)
     if limit is not None and config.max_context is not None and config.max_context > limit:
         raise HeelerError(f"--max-context {config.max_context} is more than the {limit} tokens of the model's context")
@@ -155,6 +167,14 @@ def build_dialogue_run(
         max_turns=config.max_turns,
         max_context=limit if config.max_context is None else config.max_context,
     )
+    for loaded in filter(None, (run.prompts, run.eval_prompts)):
+        for number, tokens in enumerate(loaded.tokens, start=1):
+            if not dialogue.has_room(len(tokens)):
+                raise HeelerError(
+                    f"{loaded.name}, prompt {number}: {len(tokens)} tokens leave no room for a turn of"
+                    f" {config.sampling.max_new_tokens} in a context of {dialogue.max_context}: shorten the prompt, or"
+                    " allow fewer new tokens"
+                )
     return DialogueRun(**{f.name: getattr(run, f.name) for f in fields(run)}, dialogue=dialogue)
 
 
@@ -218,9 +238,13 @@ def load_dialogue_run(
 ) -> DialogueRun:
     """Assemble a run from its folder and put it into the state of its last checkpoint."""
 
+    saved = RunFolder.open(path).read_config().get("resolved", {})
+
     def build(config: DialogueConfig) -> DialogueRun:
         if env is None and not config.env:
             raise HeelerError(f"{path} was trained in an environment given in Python: load it there, with the same one")
+        if reward is None and not config.reward.strip() and saved.get("answer_reward"):
+            raise HeelerError(f"{path} was trained with a reward given in Python: load it there, with the same one")
         return build_dialogue_run(config, prompts=prompts, eval_prompts=eval_prompts, env=env, reward=reward)
 
     return load_run(path, DialogueConfig, build, updates)

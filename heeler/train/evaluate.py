@@ -63,6 +63,7 @@ def evaluate_text(
     scored: RewardOutput,
     judges: Mapping[str, Reward],
     *,
+    texts: Sequence[str],
     token_budget: int,
 ) -> Evaluation:
     """Measure a rollout of held-out prompts.
@@ -73,6 +74,7 @@ def evaluate_text(
         samples: what judges see of it.
         scored: what the reward said of it.
         judges: independent scorers by name.
+        texts: what the policy wrote, without what an environment answered.
         token_budget: tokens of a forward pass.
 
     Returns:
@@ -97,9 +99,9 @@ def evaluate_text(
         **{f"reward/{name}": float(values.mean()) for name, values in scored.components.items()},
         **{name: float(judge(samples).scores.mean()) for name, judge in judges.items()},
         "perplexity": math.exp(min(nll / tokens, 50.0)),
-        "distinct_2": corpus_distinct(rollout.completions, 2),
-        "distinct_2_within": distinct(rollout.completions, 2),
-        "duplicates": duplicates(rollout.completions),
+        "distinct_2": corpus_distinct(texts, 2),
+        "distinct_2_within": distinct(texts, 2),
+        "duplicates": duplicates(texts),
         "length": tokens / count,
         "truncated_fraction": float(rollout.truncated.float().mean()),
         "kl/ref": kl / count,

@@ -59,12 +59,14 @@ def print_report(run: Any) -> None:
 
 def sample_model(path: str, command: Any) -> list[str]:
     """Completions by a run's policy, or by any model."""
-    from heeler.rollout.engines.draws import draw_seed
+    from heeler.rollout.engines.draws import GREEDY, draw_seed
     from heeler.rollout.engines.native import native_engine
     from heeler.rollout.text import decode
     from heeler.runtime import machine
+    from heeler.train.run import at_least
     from heeler.types import Request
 
+    at_least({"--temperature": (command.temperature, 0), "--max-new-tokens": (command.max_new_tokens, 1)})
     machine.keep_freed_memory()
     machine.set_threads(None)
     tokenizer, model = loading.load_tokenizer(path), loading.load_language_model(path)
@@ -73,5 +75,5 @@ def sample_model(path: str, command: Any) -> list[str]:
     prompts = load_prompts(source, tokenizer, max_tokens=room)
     engine = native_engine(model, eos_ids=loading.end_of_sequence_ids(model, tokenizer))
     requests = [Request(prompt=t, seed=draw_seed(command.seed, i)) for i, t in enumerate(prompts.tokens)]
-    sampling = Sampling(max_new_tokens=command.max_new_tokens, temperature=command.temperature)
+    sampling = Sampling(max_new_tokens=command.max_new_tokens, temperature=command.temperature or GREEDY)
     return [decode(tokenizer, completion) for completion in engine.generate(requests, sampling)]

@@ -106,6 +106,13 @@ def begin(run: Run, folder: RunFolder, on_update: OnUpdate | None, extra: Mappin
     advance(run, on_update, show)
 
 
+def at_least(limits: Mapping[str, tuple[float, float]]) -> None:
+    """Raise a sentence where an option, by its name on the command line, is less than its least value."""
+    for name, (value, least) in limits.items():
+        if not value >= least:
+            raise HeelerError(f"{name} must be at least {least}, not {value}")
+
+
 @contextmanager
 def new_folder(path: str) -> Iterator[RunFolder]:
     """A run folder that disappears again where the run cannot be assembled."""

@@ -161,6 +161,29 @@ def as_inputs(examples: Sequence[Example], device: torch.device) -> TokenInputs:
     )
 
 
+def _prompt_of(example: Example) -> tuple[int, ...]:
+    """The tokens before the first target; all of them where there are none before it."""
+    return tuple(example.tokens[: example.is_target.index(True)]) or tuple(example.tokens)
+
+
+def _hold_out(examples: list[Example], share: float, seed: int) -> tuple[list[Example], list[Example]]:
+    """`(train, held out)`: whole prompts, so that no completion of a held-out prompt is trained on."""
+    of_prompt: dict[tuple[int, ...], list[Example]] = {}
+    for example in examples:
+        of_prompt.setdefault(_prompt_of(example), []).append(example)
+    groups = list(of_prompt.values())
+    train: list[Example] = []
+    held_out: list[Example] = []
+    for i in np.random.default_rng(draw_seed(seed, 0xE7A)).permutation(len(groups)).tolist():
+        (held_out if len(held_out) < round(share * len(examples)) else train).extend(groups[i])
+    if not train:
+        raise HeelerError(
+            f"{len(examples)} examples of {len(groups)} prompts are too few to hold out {share:.0%} of them: give more,"
+            " or --eval-share 0"
+        )
+    return train, held_out
+
+
 def build_sft_run(
     config: SFTConfig, *, data: Sequence[Any] | None = None, eval_data: Sequence[Any] | None = None
 ) -> SFTRun:
@@ -188,15 +211,22 @@ def build_sft_run(
     if held_source:
         name = config.eval_data or "the held-out examples"
         held_out = load_examples(held_source, tokenizer, name=name, **options)
+        both = {_prompt_of(e) for e in train} & {_prompt_of(e) for e in held_out}
+        if both:
+            raise HeelerError(
+                f"{name}: {len(both)} prompts are among those that are trained on too, for instance"
+                f" {tokenizer.decode(min(both))[:80]!r}: take them out of one of the two"
+            )
     else:
-        order = np.random.default_rng(draw_seed(config.seed, 0xE7A)).permutation(len(train)).tolist()
-        held = round(config.eval_share * len(train))
-        if held and held == len(train):
-            raise HeelerError(f"{len(train)} examples are too few to hold out {config.eval_share:.0%} of them")
-        held_out, train = [train[i] for i in order[:held]], [train[i] for i in order[held:]]
+        train, held_out = _hold_out(train, config.eval_share, config.seed)
     precision, why = machine.choose_precision(config.precision, device)
     policy = (Seq2SeqPolicy if seq2seq else LanguageModelPolicy)(
-        model, trainable=config.trainable, critic=ValueHead(), precision=precision, seed=config.seed
+        model,
+        trainable=config.trainable,
+        critic=ValueHead(),
+        precision=precision,
+        seed=config.seed,
+        share_prompts=False,
     )
     group = policy.parameter_groups()[0]
     optimizer = torch.optim.AdamW(

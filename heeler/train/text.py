@@ -30,7 +30,7 @@ from heeler.rewards.functions import FunctionReward, RewardFunction
 from heeler.rewards.http import HTTPReward
 from heeler.rewards.specs import load_judges, load_reward
 from heeler.rollout.engines.batch import BatchEngine
-from heeler.rollout.engines.draws import draw_seed
+from heeler.rollout.engines.draws import GREEDY, draw_seed
 from heeler.rollout.engines.hf import HFEngine
 from heeler.rollout.engines.native import native_engine
 from heeler.rollout.engines.vllm import VLLMEngine
@@ -42,7 +42,7 @@ from heeler.runtime.reduce import LocalReduce
 from heeler.runtime.runs import RunFolder
 from heeler.train.evaluate import Evaluation, evaluate_text
 from heeler.train.ppo import Score, TrainState, UpdateReport
-from heeler.train.run import Run, begin, default_out, new_folder, restore, resume
+from heeler.train.run import Run, at_least, begin, default_out, new_folder, restore, resume
 from heeler.train.scoring import make_score
 from heeler.types import Engine, HeelerError, Reward, RewardOutput, Rollout, Samples, Sampling
 
@@ -182,6 +182,10 @@ class TextRun(Run):
         """What rewards and judges see of a rollout."""
         return samples_of(rollout)
 
+    def texts_of(self, rollout: Rollout) -> Sequence[str]:
+        """What the policy wrote in each episode: of this, repetition is measured."""
+        return rollout.completions
+
     def judge(self, rollout: Rollout) -> RewardOutput:
         """The rewards of a rollout, before any shaping."""
         return self.reward(self.samples_of(rollout))
@@ -256,7 +260,7 @@ class TextRun(Run):
             rollout = self.rollout(self.eval_prompts, seeds)
             evaluation = evaluate_text(
                 self.policy, rollout, self.samples_of(rollout), self.judge(rollout), self.judges,
-                token_budget=self.config.ppo.token_budget,
+                texts=self.texts_of(rollout), token_budget=self.config.ppo.token_budget,
             )  # fmt: skip
             evaluation.figures.update({k: float(x.float().mean()) for k, x in self.episode_figures(rollout).items()})
             return evaluation
@@ -291,6 +295,18 @@ def build_text_run(
         prompts, eval_prompts: in place of the config's files.
         reward: a function or a `Reward`, in place of the config's.
     """
+    at_least(
+        {
+            "--updates": (config.updates, 1),
+            "--prompts-per-update": (config.prompts_per_update, 1),
+            "--samples-per-prompt": (config.samples_per_prompt, 1),
+            "--sampling.max-new-tokens": (config.sampling.max_new_tokens, 1),
+            "--sampling.temperature": (config.sampling.temperature, GREEDY),
+            "--engine-rows": (config.engine_rows, 1),
+            "--checkpoint-every": (config.checkpoint_every, 1),
+            "--ppo.minibatches": (config.ppo.minibatches, 1),
+        }
+    )
     machine.keep_freed_memory()
     machine.set_threads(config.threads)
     machine.seed_everything(config.seed)
@@ -309,7 +325,7 @@ def build_text_run(
 
     model = loading.load_language_model(config.model).to(device)
     precision, why = machine.choose_precision(config.precision, device)
-    room = loading.prompt_room(model, config.sampling.max_new_tokens)
+    room = loading.prompt_room(model, config.sampling.max_new_tokens, value_after=config.truncation == "bootstrap")
     source = prompts if prompts is not None else config.prompts
     loaded = load_prompts(source, tokenizer, max_tokens=room) if len(source) else None
     eval_source = eval_prompts if eval_prompts is not None else config.eval_prompts
@@ -370,6 +386,10 @@ def build_text_run(
         f" ({_describe(config.trainable)}), ends of sequence {eos_ids or 'none'}",
         *policy.notes,
     ]
+    if loaded and loaded_eval:
+        both = len(set(map(tuple, loaded.tokens)) & set(map(tuple, loaded_eval.tokens)))
+        if both:
+            notes.append(f"{both} of the evaluation prompts are trained on too: figures on them are not held out")
     return TextRun(
         config=config, tokenizer=tokenizer, policy=policy, engine=engine, reward=scorer, judges=judges,
         prompts=loaded, eval_prompts=loaded_eval, state=state, notes=notes,

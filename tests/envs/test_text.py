@@ -58,7 +58,10 @@ def test_tools_of_ones_own() -> None:
         tools = {"find": str.upper, "len": lambda text: str(len(text))}  # noqa: RUF012
         observation = "\n<out>{}</out>\n"
 
-    assert Library.stop == ("</find>", "</len>") and ToolEnv.stop == ()
+    class Lines(Library):
+        stop = ("\n",)
+
+    assert Library.stop == ("</find>", "</len>") and ToolEnv.stop == () and Lines.stop == (*Library.stop, "\n")
     env = Library("q")
     assert env.step("<find>a{b}\nc</find>\n").observation == "\n<out>A{B}\nC</out>\n"
     assert env.step("<len>four</len>").observation == "\n<out>4</out>\n"

@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from heeler import HeelerError, PPOConfig, Sampling, TextConfig, TopLayers, resume_text, train_text
+from heeler import HeelerError, TextConfig, resume_text, train_text
 from heeler.cli import main
 from heeler.rewards.functions import FunctionReward
 from heeler.rewards.http import HTTPReward
@@ -28,6 +28,7 @@ from heeler.runtime.runs import RunFolder
 from heeler.train.ppo import UpdateReport
 from heeler.train.text import load_reward
 from heeler.types import Reward, RewardOutput, Samples, Unavailable
+from tests.runs import numbers, small
 from tests.tiny import samples_of, save_tiny_model
 
 PROMPTS = ["ab", "c", "defgh", "xyz z"]
@@ -490,20 +491,7 @@ def test_a_server_that_is_down_at_the_start(workplace: Path, capsys: pytest.Capt
 # a server that dies in the middle of a run ----------------------------------------------------------------------
 
 
-def small(model: str, out: Path, **changes: Any) -> TextConfig:
-    base = TextConfig(
-        model=model, out=str(out), updates=4, prompts_per_update=8, sampling=Sampling(max_new_tokens=6),
-        trainable=TopLayers(layers=1), lr=1e-2, threads=1, precision="fp32", checkpoint_every=100,
-        ppo=PPOConfig(epochs=2, minibatches=2),
-    )  # fmt: skip
-    return replace(base, **changes)
-
-
-def numbers(folder: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what a clock decides."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    clock = ("seconds", "decisions_per_second")
-    return [{k: v for k, v in row.items() if not k.startswith("time/") and k not in clock} for row in rows]
+rarely_saved = partial(small, checkpoint_every=100)
 
 
 def dies_after(requests: int) -> Callable[..., list[float]]:
@@ -524,7 +512,7 @@ def dies_after(requests: int) -> Callable[..., list[float]]:
 def test_a_server_that_dies_in_the_middle(tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     reward = FunctionReward(vowels, "vowels")
-    straight = train_text(small(tiny_llama, tmp_path / "whole"), prompts=PROMPTS, reward=vowels, show=False)
+    straight = train_text(rarely_saved(tiny_llama, tmp_path / "whole"), prompts=PROMPTS, reward=vowels, show=False)
     server = make_server(reward, "127.0.0.1", 0, "vowels")
     port, client = server.server_address[1], quick(server.url, retries=2)
 
@@ -536,7 +524,13 @@ def test_a_server_that_dies_in_the_middle(tiny_llama: str, tmp_path: Path, monke
                 server.server_close()
 
         with pytest.raises(Unavailable) as gone:
-            train_text(small(tiny_llama, Path("run")), prompts=PROMPTS, reward=client, on_update=die, show=False)
+            train_text(
+                rarely_saved(tiny_llama, Path("run")),
+                prompts=PROMPTS,
+                reward=client,
+                on_update=die,
+                show=False,
+            )
     sentence = str(gone.value)
     assert "the connection was refused; tried 3 times" in sentence and "\n" not in sentence
     assert sentence.endswith("[after update 3; run holds update 3, continue it with: heeler resume run]")

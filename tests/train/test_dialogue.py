@@ -18,7 +18,6 @@ from heeler import (
     HeelerError,
     PPOConfig,
     Sampling,
-    TopLayers,
     load_dialogue_run,
     resume_dialogue,
     train_dialogue,
@@ -27,27 +26,15 @@ from heeler.cli import main
 from heeler.envs.text import TextStep
 from heeler.ppo.shaping import segment_sums
 from heeler.rollout.dialogue import DialogueRollout
+from heeler.rollout.engines.draws import draw_seed
+from heeler.train.evaluate import corpus_distinct
 from heeler.train.ppo import UpdateReport
-from tests.tiny import save_tiny_model
+from tests.runs import numbers
+from tests.runs import small_dialogue as small
+from tests.tiny import save_tiny_model, save_tiny_seq2seq
 from tests.toy_dialogues import Hidden, Vowels
 
 PROMPTS = ["ab", "c", "defgh", "xyz z"]
-
-
-def small(model: str, out: Path, **changes: Any) -> DialogueConfig:
-    base = DialogueConfig(
-        model=model, out=str(out), updates=4, prompts_per_update=8, sampling=Sampling(max_new_tokens=6), max_turns=3,
-        trainable=TopLayers(layers=1), lr=1e-2, threads=1, precision="fp32", checkpoint_every=2,
-        ppo=PPOConfig(epochs=2, minibatches=2),
-    )  # fmt: skip
-    return replace(base, **changes)
-
-
-def numbers(folder: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what a clock decides."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    clock = ("seconds", "decisions_per_second")
-    return [{k: v for k, v in row.items() if not k.startswith("time/") and k not in clock} for row in rows]
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -204,6 +191,50 @@ def test_a_reward_of_last_turns_beside_the_environments(tiny_llama: str, tmp_pat
         train_dialogue(small(tiny_llama, tmp_path / "no", truncation="bootstrap"), prompts=rows, env=env, reward=judge)
 
 
+def test_an_encoder_decoder_model_is_refused(tmp_path: Path) -> None:
+    config = small(save_tiny_seq2seq(tmp_path / "m"), tmp_path / "run", trainable=Full())
+    with pytest.raises(HeelerError, match="dialogues need a causal model"):
+        train_dialogue(config, prompts=PROMPTS, env=Vowels, show=False)
+
+
+def test_a_reward_given_in_python_is_asked_for_again(tiny_llama: str, tmp_path: Path) -> None:
+    def score(prompts: list[Any], completions: list[str], **columns: Any) -> list[float]:
+        return [float(len(text)) for text in completions]
+
+    out = tmp_path / "run"
+    train_dialogue(small(tiny_llama, out), prompts=PROMPTS, env=Vowels, reward=score, show=False)
+    with pytest.raises(HeelerError, match="was trained with a reward given in Python"):
+        resume_dialogue(out, prompts=PROMPTS, env=Vowels, updates=5, show=False)
+    resume_dialogue(out, prompts=PROMPTS, env=Vowels, reward=score, updates=5, show=False)
+    assert numbers(out)[-1]["step"] == 5
+
+
+def test_repetition_is_measured_on_what_the_policy_wrote(tiny_llama: str, tmp_path: Path) -> None:
+    class Parrot:
+        def __init__(self, **row: Any) -> None: ...
+
+        def reset(self) -> str:
+            return ""
+
+        def step(self, action: str) -> TextStep:
+            return TextStep(" the same words", 0.0, False)
+
+    config = small(tiny_llama, tmp_path / "run", updates=1)
+    run = train_dialogue(config, prompts=PROMPTS, eval_prompts=PROMPTS, env=Parrot, show=False)
+    rollout = run.rollout(run.eval_prompts, [1, 2, 3, 4])  # pyright: ignore
+    assert all("the same words" in text for text in rollout.completions)
+    assert not any("the same words" in text for text in rollout.written)
+    assert run.evaluate().figures["distinct_2"] == corpus_distinct(
+        run.texts_of(
+            run.rollout(
+                run.eval_prompts,
+                [draw_seed(config.seed, 0xE7A1, i) for i in range(4)],  # pyright: ignore
+            )
+        ),
+        2,
+    )
+
+
 def command(model: str, *flags: str, env: str = "heeler.envs.tools:Calculator") -> list[str]:
     return [
         "ppo", "dialogue", "--model", model, "--prompts", "prompts.jsonl", "--env", env, "--out", "run", "--updates",
@@ -248,7 +279,8 @@ def test_the_command_line(workplace: Path, tiny_llama: str, capsys: pytest.Captu
         ("mine:NoStep", (), "the environment mine:NoStep, prompt 1 of prompts.jsonl: NoStep has no method step"),
         ("mine:Absent", (), "has no environment 'Absent'"),
         ("", (), "no environment was given"),
-        ("mine:Raises", ("--max-turns", "0"), "at least one turn"),
+        ("mine:Raises", ("--max-turns", "0"), "--max-turns must be at least 1, not 0"),
+        ("mine:Raises", ("--max-context", "6"), "prompts.jsonl, prompt 1: 2 tokens leave no room for a turn of 5"),
         ("mine:Raises", ("--max-context", "65"), "--max-context 65 is more than the 64 tokens of the model's context"),
     ],
 )

@@ -16,10 +16,11 @@ from heeler.data.examples import load_examples
 from heeler.policies.loading import load_seq2seq_lm, load_tokenizer
 from heeler.ppo.kl import FixedKL
 from heeler.train.ppo import UpdateReport
+from tests.runs import numbers, small
 from tests.tiny import save_tiny_seq2seq
 from tests.train.test_sft import ROWS, config_of
 from tests.train.test_sft import numbers as sft_numbers
-from tests.train.test_text import PROMPTS, numbers, small, vowels
+from tests.train.test_text import PROMPTS, vowels
 
 WORDS = [str(i) for i in range(10)]
 
@@ -166,7 +167,11 @@ def test_sentences_for_settings_that_do_not_fit(tmp_path: Path) -> None:
     for changes, says in [
         ({"trainable": TopLayers(layers=1)}, "trains whole"),
         ({"engine": "hf"}, "hf engine samples causal models only"),
-        ({"sampling": Sampling(max_new_tokens=65)}, "65 tokens do not fit the decoder, which has 64 positions"),
+        ({"sampling": Sampling(max_new_tokens=65)}, "65 tokens take 65 positions of the decoder, which has 64"),
+        (
+            {"sampling": Sampling(max_new_tokens=64), "truncation": "bootstrap"},
+            "64 tokens take 65 positions of the decoder",
+        ),
     ]:
         with pytest.raises(HeelerError, match=says):
             train_text(small_ppo(path, tmp_path / "bad", **changes), prompts=PROMPTS, reward=vowels, show=False)

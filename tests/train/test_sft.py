@@ -16,8 +16,9 @@ from heeler.data.examples import load_examples
 from heeler.policies.language_model import LanguageModelPolicy, ValueHead
 from heeler.policies.loading import load_causal_lm, load_tokenizer
 from heeler.ppo.schedules import Schedule
-from heeler.train.sft import as_inputs, held_out_figures, sft_gradients
-from tests.train.test_text import small, vowels
+from heeler.train.sft import as_inputs, build_sft_run, held_out_figures, sft_gradients
+from tests.runs import numbers, small
+from tests.train.test_text import vowels
 
 ROWS = [{"prompt": f"{a}{b}=", "completion": f"{b}{a}."} for a in "abcd" for b in "efgh"]
 
@@ -28,11 +29,6 @@ def config_of(model: str, out: Path, **changes: Any) -> SFTConfig:
         precision="fp32", checkpoint_every=5, eval_every=4, sample_tokens=6, lr_schedule=Schedule(),
     )  # fmt: skip
     return replace(base, **changes)
-
-
-def numbers(folder: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second")} for row in rows]
 
 
 def plain_loss(model: Any, tokenizer: Any) -> torch.Tensor:
@@ -95,7 +91,7 @@ def test_the_folder_and_ppo_from_it(tiny_llama: str, tmp_path: Path) -> None:
 def test_the_best_weights_are_exported(tiny_llama: str, tmp_path: Path) -> None:
     """Held-out examples that contradict the others: learning helps at first (where to stop), then it hurts."""
     config = config_of(tiny_llama, tmp_path / "run", updates=30, eval_every=1, examples_per_update=16)
-    held_out = [{**row, "completion": f"{row['completion'][1]}{row['completion'][0]}."} for row in ROWS]
+    held_out = [{"prompt": f"+{row['prompt']}", "completion": row["prompt"].replace("=", ".")} for row in ROWS]
     run = train_sft(config, data=ROWS, eval_data=held_out, show=False)
     losses = [row["eval/loss"] for row in numbers(tmp_path / "run")]
     assert run.best is not None and run.best["step"] == 1 + losses.index(min(losses)) < 30
@@ -137,12 +133,23 @@ def test_the_command_line(tiny_llama: str, tmp_path: Path, monkeypatch: pytest.M
     for words, says in [
         ([], "no examples were given"),
         (["--data", "data.jsonl", "--eval-share", "1.0"], "--eval-share is 1.0"),
-        (["--data", "data.jsonl", "--eval-share", "0.99"], "16 examples are too few to hold out 99%"),
+        (["--data", "data.jsonl", "--eval-share", "0.99"], "are too few to hold out 99%"),
         (["--data", "data.jsonl", "--max-tokens", "3"], "data.jsonl, row 1: 7 tokens"),
         (["--data", "gone.jsonl"], "there is no file gone.jsonl"),
     ]:
         assert main(["sft", "--model", tiny_llama, "--out", "bad", *words]) == 2
         assert says in capsys.readouterr().err and not Path("bad").exists()
+
+
+def test_prompts_are_held_out_with_all_their_completions(tiny_llama: str, tmp_path: Path) -> None:
+    rows = [{"prompt": f"p{n % 8}", "completion": f"c{n}"} for n in range(32)]
+    run = build_sft_run(config_of(tiny_llama, tmp_path, eval_share=0.25), data=rows)
+    prompts = [{tuple(e.tokens[:2]) for e in part} for part in (run.train, run.held_out)]
+    assert len(run.held_out) == 8 and len(prompts[1]) == 2 and not prompts[0] & prompts[1]
+    with pytest.raises(HeelerError, match="1 prompts are among those that are trained on too, for instance 'p3'"):
+        build_sft_run(config_of(tiny_llama, tmp_path), data=rows, eval_data=rows[3:4])
+    with pytest.raises(HeelerError, match="4 examples of 1 prompts are too few to hold out 25%"):
+        build_sft_run(config_of(tiny_llama, tmp_path), data=rows[::8])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_llama: str, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import signal
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ from heeler import (
     PPOConfig,
     Sampling,
     SeparateCritic,
-    TextConfig,
     TopLayers,
     load_text_run,
     resume_text,
@@ -29,6 +27,7 @@ from heeler import (
 )
 from heeler.train.ppo import UpdateReport
 from heeler.train.text import build_text_run
+from tests.runs import numbers, small
 
 PROMPTS = ["ab", "c", "defgh", "xyz z"]
 CONTRACT = {
@@ -41,22 +40,6 @@ CONTRACT = {
 
 def vowels(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
     return [sum(c in "aeiou" for c in text) + 0.01 * len(text) for text in completions]
-
-
-def small(model: str, out: Path, **changes: Any) -> TextConfig:
-    base = TextConfig(
-        model=model, out=str(out), updates=4, prompts_per_update=8, sampling=Sampling(max_new_tokens=6),
-        trainable=TopLayers(layers=1), lr=1e-2, threads=1, precision="fp32", checkpoint_every=2,
-        ppo=PPOConfig(epochs=2, minibatches=2),
-    )  # fmt: skip
-    return replace(base, **changes)
-
-
-def numbers(folder: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl without what a clock decides."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    clock = ("seconds", "decisions_per_second")
-    return [{k: v for k, v in row.items() if not k.startswith("time/") and k not in clock} for row in rows]
 
 
 def test_the_run_folder_is_the_contract(tiny_llama: str, tmp_path: Path) -> None:

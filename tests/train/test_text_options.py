@@ -20,8 +20,9 @@ from heeler.rollout.engines.native import NativeEngine
 from heeler.rollout.engines.stopping import StopStrings
 from heeler.rollout.text import decode, pack
 from heeler.types import Request
+from tests.runs import numbers, small
 from tests.tiny import save_tiny_model
-from tests.train.test_text import PROMPTS, numbers, small, vowels
+from tests.train.test_text import PROMPTS, vowels
 
 REQUESTS = [Request(prompt=[10 + i, 20, 30 + i], seed=i) for i in range(6)]
 
