@@ -425,7 +425,7 @@ class SampleCommand:
     Attributes:
         prompt: a prompt; repeat the flag for more.
         max_new_tokens: length cap.
-        temperature: of sampling.
+        temperature: of sampling; 0 takes the most likely tokens.
         seed: of the draws.
         chat: apply the model's chat template to each prompt.
     """

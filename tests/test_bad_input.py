@@ -54,7 +54,7 @@ def run(
         "--prompts-per-update", "4", "--sampling.max-new-tokens", "4", "--threads", "1", "--precision", "fp32",
         "trainable:top-layers", "--trainable.layers", "1",
     ]  # fmt: skip
-    status = main([*words[:17], *flags, *words[17:]])
+    status = main([*words[:20], *flags, *words[20:]])
     error = capsys.readouterr().err
     assert status == 2
     sentences = [line for line in error.splitlines() if line.startswith("heeler: ")]
@@ -104,6 +104,35 @@ def test_prompts(workplace: Path, tiny_llama: str, capsys: pytest.CaptureFixture
     (workplace / "prompts.jsonl").write_text(lines)
     assert says in run(capsys, tiny_llama)
     assert not (workplace / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("--prompts-per-update", "0"),
+        ("--samples-per-prompt", "0"),
+        ("--checkpoint-every", "0"),
+        ("--sampling.max-new-tokens", "0"),
+        ("--sampling.temperature", "0"),
+        ("--ppo.minibatches", "0"),
+    ],
+)
+def test_numbers_below_their_least(
+    workplace: Path, tiny_llama: str, capsys: pytest.CaptureFixture[str], flag: str, value: str
+) -> None:
+    assert f"{flag} must be at least" in run(capsys, tiny_llama, flag, value)
+    assert not (workplace / "run").exists()
+
+
+def test_temperature_0_samples_the_most_likely_tokens(tiny_llama: str, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = []
+    for seed in ("1", "2"):
+        words = ["sample", tiny_llama, "--prompt", "ab", "--max-new-tokens", "5", "--temperature", "0", "--seed", seed]
+        assert main(words) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0] == texts[1]
+    assert main(["sample", tiny_llama, "--prompt", "ab", "--temperature", "-1"]) == 2
+    assert "--temperature must be at least 0" in capsys.readouterr().err
 
 
 def test_files_and_models_that_are_not_there(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from fractions import Fraction
 from typing import Any
 
 from heeler.runtime.packages import did_you_mean, require, where_raised
@@ -24,6 +25,13 @@ def reasoning_gym_dataset(task: str, **config: Any) -> Any:
         return create_dataset(task, **config)
     except Exception as error:
         raise HeelerError(f"the task {task} does not take {config}: {where_raised(error)}") from error
+
+
+def _plain(value: Any) -> str:
+    """Fractions among a task's notes as text."""
+    if isinstance(value, Fraction):
+        return str(value)
+    raise TypeError(f"it holds a {type(value).__name__}")
 
 
 def reasoning_gym_prompts(task: str, size: int, seed: int, **kwargs: Any) -> list[dict[str, Any]]:
@@ -48,8 +56,7 @@ def reasoning_gym_prompts(task: str, size: int, seed: int, **kwargs: Any) -> lis
     for number in range(size):
         entry = dataset[number]
         try:
-            # fractions and the like among a task's notes become text; the answer is checked below
-            stored = json.loads(json.dumps({**entry, "config": kwargs}, default=str))
+            stored = json.loads(json.dumps({**entry, "config": kwargs}, default=_plain))
         except (TypeError, ValueError) as error:
             raise HeelerError(f"the task {task} cannot be written as JSON ({error}): choose another") from error
         answer = stored["answer"]

@@ -25,12 +25,16 @@ from heeler.runtime.packages import did_you_mean, require, where_raised
 from heeler.types import HeelerError, RewardOutput, Samples
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
-PUNCTUATION = str.maketrans("", "", string.punctuation)
+NUMBER_OR_PUNCTUATION = re.compile(rf"((?:(?<!\w)-)?\d+(?:\.\d+)?)|[{re.escape(string.punctuation)}]")
 
 
 def normalize(text: str) -> str:
-    """Lower case, no ASCII punctuation, no English articles, single spaces (SQuAD, Rajpurkar et al., 1606.05250)."""
-    return " ".join(ARTICLES.sub(" ", text.lower().translate(PUNCTUATION)).split())
+    """Lower case, no ASCII punctuation, no English articles, single spaces (SQuAD, Rajpurkar et al., 1606.05250).
+
+    Unlike there, a number keeps its sign and its decimal point, and articles stay where nothing else would be left.
+    """
+    words = NUMBER_OR_PUNCTUATION.sub(lambda match: match[1] or "", text.lower()).split()
+    return " ".join([word for word in words if not ARTICLES.fullmatch(word)] or words)
 
 
 def token_f1(answer: str, gold: str) -> float:
@@ -44,43 +48,51 @@ def token_f1(answer: str, gold: str) -> float:
     return 2 * (Counter(given) & Counter(wanted)).total() / (len(given) + len(wanted))
 
 
-class ExactMatch:
-    """1 where the completion equals an accepted answer after SQuAD's normalisation (`normalize`), else 0.
+def exact_match(answer: str, gold: str) -> float:
+    """1 where both texts are equal after `normalize`, else 0."""
+    return float(normalize(answer) == normalize(gold))
+
+
+class Answers:
+    """The best figure of the completion with an accepted answer.
 
     Args:
         column: of the prompt set, with the accepted answers.
     """
 
-    def __init__(self, column: str = "answer") -> None:
-        self.column = column
-
-    def __call__(self, samples: Samples) -> RewardOutput:
-        golds = _accepted(samples, self.column, "exact-match")
-
-        def score(index: int) -> float:
-            given = normalize(samples.completions[index])
-            return float(any(given == normalize(gold) for gold in golds[index]))
-
-        return _output(_each("exact-match", len(samples), score))
-
-
-class TokenF1:
-    """The best `token_f1` of the completion with an accepted answer, 0 to 1.
-
-    Args:
-        column: of the prompt set, with the accepted answers.
-    """
+    verifier = ""
 
     def __init__(self, column: str = "answer") -> None:
         self.column = column
 
+    def figure(self, answer: str, gold: str) -> float:
+        raise NotImplementedError
+
     def __call__(self, samples: Samples) -> RewardOutput:
-        golds = _accepted(samples, self.column, "f1")
+        golds = _accepted(samples, self.column, self.verifier)
 
         def score(index: int) -> float:
-            return max(token_f1(samples.completions[index], gold) for gold in golds[index])
+            return max(self.figure(samples.completions[index], gold) for gold in golds[index])
 
-        return _output(_each("f1", len(samples), score))
+        return _output(_each(self.verifier, len(samples), score))
+
+
+class ExactMatch(Answers):
+    """1 where the completion equals an accepted answer after `normalize`, else 0."""
+
+    verifier = "exact-match"
+
+    def figure(self, answer: str, gold: str) -> float:
+        return exact_match(answer, gold)
+
+
+class TokenF1(Answers):
+    """The best `token_f1` of the completion with an accepted answer, 0 to 1."""
+
+    verifier = "f1"
+
+    def figure(self, answer: str, gold: str) -> float:
+        return token_f1(answer, gold)
 
 
 class ChrF:

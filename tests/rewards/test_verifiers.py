@@ -24,12 +24,29 @@ def scores(reward: Reward, completions: list[str], **columns: list[Any]) -> list
 def test_exact_match_normalises() -> None:
     texts = ["The  Cat's\nhat!", "cats hats", " a dog ", "", "42", "theatre"]
     golds = ["cats hat", "cats hat", ["cat", "dog"], "the", 42, "atre"]
-    assert scores(ExactMatch(), texts, answer=golds) == [1.0, 0.0, 1.0, 1.0, 1.0, 0.0]
+    assert scores(ExactMatch(), texts, answer=golds) == [1.0, 0.0, 1.0, 0.0, 1.0, 0.0]
     assert scores(ExactMatch("gold"), ["x"], gold=["X."], answer=["y"]) == [1.0]
 
 
+@pytest.mark.parametrize("verifier", [ExactMatch(), TokenF1()])
+def test_numbers_and_single_articles_are_answers(verifier: Reward) -> None:
+    right = [
+        ("-4", -4),
+        ("$1,000.", 1000),
+        ("2.5", 2.5),
+        ("a", "A"),
+        ("A.", "a"),
+        ("(-4)", "-4"),
+        ("COVID-19", "covid19"),
+    ]
+    wrong = [("4", -4), ("25", 2.5), ("", "A"), ("The", "A"), (".", "A"), ("1.000", 1)]
+    for pairs, score in ((right, 1.0), (wrong, 0.0)):
+        texts, golds = zip(*pairs, strict=True)
+        assert scores(verifier, list(texts), answer=list(golds)) == [score] * len(pairs)
+
+
 def test_f1_is_the_overlap_of_bags_of_words() -> None:
-    texts = ["the cat sat", "cat cat cat", "dog", "", "the", "a b c d", "mat", "cat cat"]
+    texts = ["the cat sat", "cat cat cat", "dog", "", "!", "a b c d", "mat", "cat cat"]
     golds = ["a cat sat down", "cat", "cat", "cat", "", ["x", "c d e"], ["cat", "mat"], "cat cat dog"]
     wanted = [
         2 * 2 / (2 + 3),
@@ -163,7 +180,7 @@ def gym(rows: list[dict[str, Any]], completions: list[str], extract: str | None 
 @pytest.mark.parametrize(
     ("task", "config", "wrong"),
     [
-        ("chain_sum", {"min_terms": 2, "max_terms": 3}, "none"),
+        ("chain_sum", {"min_terms": 2, "max_terms": 3}, "88888"),
         ("gsm_symbolic", {}, "none"),
         ("knights_knaves", {"n_people": 3}, "Nobody is a knight."),
         ("zebra_puzzles", {}, "Nobody"),
@@ -183,6 +200,7 @@ def test_reasoning_gym_tasks_survive_a_file(task: str, config: dict[str, Any], w
     )
     output = gym(rows, [wrong] * 4)
     assert output.scores.tolist() == [0.0] * 4 == output.components["solved"].tolist()
+    assert gym(rows, ["88888"] * 4).components["solved"].tolist() == [0.0] * 4
 
 
 def test_partial_credit_stays_and_counts_as_unsolved() -> None:
