@@ -13,7 +13,7 @@ from heeler.types import HeelerError
 HELP = """heeler: PPO for language models, control and games
 
   heeler ppo imdb                       a real 135M model learns to continue movie reviews positively
-  heeler ppo translate                  a small T5, fine-tuned and then rewarded by chrF, translates into French
+  heeler ppo translate                  a small T5, fine-tuned and then rewarded by chrF and BLEU
   heeler ppo lm --model M --prompts F --reward module:function
                                         your model, your prompts, your reward
   heeler ppo dialogue --model M --prompts F --env module:Name

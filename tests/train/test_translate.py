@@ -38,7 +38,7 @@ def test_the_recipe(tmp_path: Path, capsys: Any) -> None:
     names = {f"{how}/{metric}" for how in ("greedy", "sampled") for metric in ("chrf", "bleu")}
     for stage, folder in (("SFT", "sft"), ("SFT+PPO", "ppo")):
         figures = summary["stages"][stage]
-        assert names | {"reward", "bleu"} <= figures.keys()
+        assert names | {"reward", "reward/chrf", "reward/bleu"} <= figures.keys()
         assert {name: figures[name] for name in names} == corpus_figures(str(out / folder), held_out(), 6, 0)
     assert summary["stages"]["SFT"] != summary["stages"]["SFT+PPO"]
     sources = [
