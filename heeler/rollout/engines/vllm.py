@@ -21,7 +21,9 @@ from heeler.runtime.packages import require
 from heeler.types import CheckFailed, Completion, HeelerError, Request, Sampling
 
 PROBE_TOKENS = 32
-PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}  # mean nats a token
+# mean nats a token; the probe's tokens are random, so their log-probabilities are large: SmolLM2-135M measures 8e-6 in
+# float32 and 0.096 in bfloat16, other weights several nats
+PROBE_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.3}
 KV_CACHE_GIB = 1  # on a CPU, where VLLM_CPU_KVCACHE_SPACE does not say otherwise
 QUIET = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # weights pass as tensors
