@@ -221,7 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     from heeler.runtime.machine import choose_precision
 
     folder = str(smollm2_folder(False))
-    precision = given.precision or choose_precision("auto", torch.device("cpu"))[0]
+    precision = given.precision or choose_precision("auto", "cpu")[0]
     load = os.getloadavg()[0]
     found: dict[str, list[dict[str, float]]] = {}
     for system in given.systems:
