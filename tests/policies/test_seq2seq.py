@@ -208,6 +208,8 @@ def test_bf16_is_near_fp32(architecture: str, tmp_path: Path) -> None:
     assert 0 < float((a - b).abs().max()) < 0.1
     assert all(p.dtype == torch.bfloat16 for p in rough.engine_model.parameters())
     assert all(p.dtype == torch.float32 for p in rough.model.parameters())
+    own = rough.model.state_dict()
+    assert all(torch.equal(tensor, own[name]) for name, tensor in rough.export_model().state_dict().items())
 
 
 def test_state_goes_out_and_in(tmp_path: Path) -> None:
