@@ -28,6 +28,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 VLLM_PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
 TITLES = {
     "native": "Heeler, native",
+    "unpacked": "Heeler, native, weights not packed",
     "batches": "Heeler, native, one batch after the other",
     "generate": "transformers' generate",
     "vllm": "vLLM for the CPU",
@@ -79,7 +80,7 @@ def requests_of(workload: Workload, vocabulary: int) -> tuple[list[list[int]], l
     return [prompt for prompt in prompts for _ in range(workload.samples)], ends
 
 
-def native(folder: str, precision: str, *, continuous: bool) -> Sampler:
+def native(folder: str, precision: str, *, continuous: bool = True, packed: bool = True) -> Sampler:
     import torch
 
     from heeler.policies.loading import load_causal_lm
@@ -89,7 +90,7 @@ def native(folder: str, precision: str, *, continuous: bool) -> Sampler:
     model = load_causal_lm(folder).to(torch.bfloat16 if precision == "bf16" else torch.float32)
 
     def sample(prompts: list[list[int]], cap: int, ends: list[int]) -> list[int]:
-        engine = NativeEngine(model, eos_ids=ends, max_rows=ROWS)
+        engine = NativeEngine(model, eos_ids=ends, max_rows=ROWS, pack_weights=packed)
         requests = [Request(prompt=prompt, seed=i) for i, prompt in enumerate(prompts)]
         batches = [requests] if continuous else [requests[i : i + ROWS] for i in range(0, len(requests), ROWS)]
         done = [engine.generate(batch, Sampling(max_new_tokens=cap)) for batch in batches]
@@ -159,7 +160,7 @@ def measure(system: str, folder: str, threads: int, rounds: int, precision: str)
     elif system == "generate":
         sampler = generate(folder, precision)
     else:
-        sampler = native(folder, precision, continuous=system == "native")
+        sampler = native(folder, precision, continuous=system != "batches", packed=system != "unpacked")
     vocabulary = AutoConfig.from_pretrained(folder).vocab_size
     best: list[dict[str, float]] = []
     for workload in (WARM_UP, *WORKLOADS):

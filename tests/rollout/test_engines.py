@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from heeler.policies.loading import load_causal_lm
 from heeler.rollout.engines.draws import draw_seed, sample
 from heeler.rollout.engines.hf import HFEngine
 from heeler.rollout.engines.native import NativeEngine
+from heeler.rollout.engines.packing import can_pack
 from heeler.rollout.text import pack, prompts_of_update
 from heeler.types import Completion, HeelerError, Request, Sampling
 from tests.tiny import ARCHITECTURES, save_tiny_model
@@ -116,6 +118,80 @@ def test_waiting_requests_take_the_rows_of_those_that_ended(architecture: str, t
             assert completion.trunk_states.shape[0] == len(request.prompt) + len(completion.tokens) - 1
             torch.testing.assert_close(completion.trunk_states, alone.trunk_states, atol=1e-4, rtol=1e-4)
     assert {c.finish_reason for c in together} == {"stop", "length"}
+
+
+needs_mkl = pytest.mark.skipif(not can_pack(torch.zeros(1)), reason="this torch has no packed products of MKL")
+
+
+def packed_rows(engine: Any) -> list[int]:
+    """The numbers of rows for which the engine's weights are packed, as they come."""
+    seen: list[int] = []
+    fit = engine.packing.fit
+
+    def watched(rows: int, steps: int) -> None:
+        fit(rows, steps)
+        seen.append(engine.packing.rows)
+
+    engine.packing.fit = watched
+    return seen
+
+
+@needs_mkl
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_packed_weights_sample_the_same(architecture: str, tmp_path: Path) -> None:
+    model = model_that_stops(save_tiny_model(tmp_path, architecture))
+    many = [Request(prompt=[3, 4 + i], seed=i) for i in range(40)]
+    sampling = Sampling(max_new_tokens=20)
+    plain = NativeEngine(model, eos_ids=range(25), max_rows=16, pack_weights=False)
+    expected = plain.generate(many, sampling)
+    assert plain.packing.layers == []
+    engine = NativeEngine(model, eos_ids=range(25), max_rows=16)
+    rows = packed_rows(engine)
+    same(engine.generate(many, sampling), expected)
+    assert 16 in rows and len(engine.packing.layers) >= 3 * 4 + 1  # the layers' and the output's
+    assert all(layer.blocks is None for layer in engine.packing.layers)  # nothing is kept
+
+
+@needs_mkl
+def test_packed_rows_leave_at_half_and_are_packed_anew(tiny_llama: str) -> None:
+    engine = NativeEngine(model_that_stops(tiny_llama), eos_ids=range(60))
+    rows = packed_rows(engine)
+    many = [Request(prompt=[3, 4 + i], seed=i) for i in range(32)]
+    engine.generate(many, Sampling(max_new_tokens=24))
+    sizes = [n for i, n in enumerate(rows) if n and (i == 0 or rows[i - 1] != n)]
+    assert 24 < sizes[0] <= 32 and len(sizes) > 1 and all(2 * b <= a for a, b in pairwise(sizes))
+    rows.clear()
+    engine.generate(many, Sampling(max_new_tokens=5))
+    assert not any(rows)  # too few steps to be worth it
+
+
+@needs_mkl
+def test_blocks_of_an_interrupted_run_are_not_used_again(tiny_llama: str) -> None:
+    engine = NativeEngine(load_causal_lm(tiny_llama), eos_ids=[])
+    many = [Request(prompt=[3, 4 + i], seed=i) for i in range(4)]
+    steps = 0
+
+    def interrupt(_: int) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == 6:
+            raise KeyboardInterrupt
+
+    engine.on_progress = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(many, Sampling(max_new_tokens=12))
+    assert engine.packing.rows == 4
+    engine.on_progress = None
+    engine.begin()
+    generator = torch.Generator().manual_seed(3)
+    engine.load([(n, torch.randn(p.shape, generator=generator)) for n, p in engine.model.named_parameters()])
+    engine.commit(1)
+    fresh = NativeEngine(load_causal_lm(tiny_llama), eos_ids=[], pack_weights=False)
+    fresh.begin()
+    fresh.load(engine.model.named_parameters())
+    fresh.commit(1)
+    sampling = Sampling(max_new_tokens=12)
+    same(engine.generate(many, sampling), fresh.generate(many, sampling), atol=1e-3)
 
 
 def test_models_with_windows_sample_one_batch_after_the_other() -> None:

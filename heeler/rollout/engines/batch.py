@@ -6,14 +6,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from heeler.rollout.engines.draws import sample, uniforms
+from heeler.rollout.engines.packing import WORTH_STEPS, Packing
 from heeler.rollout.engines.stopping import StopStrings
 from heeler.rollout.engines.weights import WeightReceiver
 from heeler.types import Completion, Request, Sampling
 
 LEAVE_FRACTION = 0.125  # finished rows are dropped once they are this share of the batch: dropping copies the cache
+LEAVE_FRACTION_PACKED = 0.5  # and where the weights are packed for the number of rows: they are then packed anew
 
 
 def every_prompt(requests: Sequence[Request]) -> tuple[list[tuple[int, ...]], Tensor]:
@@ -37,6 +39,7 @@ class BatchEngine(WeightReceiver):
         token_bias: `[V]` added to the logits (a token mask), or None.
         tokenizer: finds stop strings; needed only where `Sampling.stop` is used.
         share_prompts: read a prompt of several requests once.
+        pack_weights: lay the weights out for the number of rows while it stays the same, where that is faster.
 
     Attributes:
         on_progress: called with the number of tokens of every step, or None.
@@ -51,13 +54,20 @@ class BatchEngine(WeightReceiver):
         token_bias: Tensor | None = None,
         tokenizer: Any = None,
         share_prompts: bool = True,
+        pack_weights: bool = True,
     ) -> None:
         super().__init__(model)
+        decoder = [model.get_decoder(), model.get_output_embeddings()] if model.config.is_encoder_decoder else [model]
+        self.packing = Packing(nn.ModuleList(decoder if pack_weights else []))
         self.tokenizer, self.max_rows, self.share_prompts = tokenizer, max_rows, share_prompts
         self.device = next(model.parameters()).device
         self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long, device=self.device)
         self.token_bias = None if token_bias is None else token_bias.to(self.device)
         self.on_progress: Callable[[int], Any] | None = None
+
+    def check_ready(self) -> None:
+        super().check_ready()
+        self.packing.release()  # an interrupted run may have left blocks of weights that were published over since
 
     def prompts_of(self, requests: Sequence[Request]) -> tuple[list[tuple[int, ...]], Tensor]:
         """What is read for these requests, and `[B]` which of it is each one's prompt."""
@@ -118,9 +128,20 @@ class Draws:
         self.finished = self.stopped | (self.counts == self.cap)
         return drawn
 
-    def enough_to_leave(self, rows: Tensor) -> bool:
-        """Whether the ended ones of `rows` are worth the copy of the cache without them."""
+    def steps_left(self, rows: Tensor) -> int:
+        """Steps until the last of `rows` reaches the length cap."""
+        return self.cap - int(self.counts[rows[~self.finished[rows]]].min())
+
+    def enough_to_join(self, rows: Tensor) -> bool:
+        """Whether the ended ones of `rows` are worth the copy of the cache in which others take their places."""
         return float(self.finished[rows].float().mean()) >= LEAVE_FRACTION
+
+    def enough_to_leave(self, rows: Tensor) -> bool:
+        """Whether the ended ones of `rows` are worth the copy of the cache without them, and packing anew."""
+        if self.engine.packing.rows != len(rows):
+            return self.enough_to_join(rows)
+        ended = float(self.finished[rows].float().mean())
+        return ended >= LEAVE_FRACTION_PACKED and self.steps_left(rows) >= WORTH_STEPS
 
     def completion(self, row: int, trunk_states: Tensor | None = None) -> Completion:
         """What request `row` got."""

@@ -110,19 +110,20 @@ class NativeEngine(BatchEngine):
                 chosen, waiting = waiting[: self.max_rows], waiting[self.max_rows :]
                 pool = self._read(chosen, requests, draws, states)
             else:
+                self.packing.fit(len(pool.rows), draws.steps_left(pool.rows))
                 self._step(pool, draws, states)
             stay = (~draws.finished[pool.rows]).nonzero()[:, 0]
             if len(stay) == 0:
                 pool = None
-            elif draws.enough_to_leave(pool.rows):
-                room = self.max_rows - len(stay) if self.buffered else 0
+            elif self.buffered and waiting and draws.enough_to_join(pool.rows):
+                room = self.max_rows - len(stay)
                 chosen, waiting = waiting[:room], waiting[room:]
-                if chosen:
-                    newcomers = self._read(chosen, requests, draws, states)
-                    rows = torch.cat([pool.rows[stay], newcomers.rows])
-                    pool = pool.join(stay, newcomers, draws.cap - int(draws.counts[rows].min()))
-                else:
-                    pool.select(stay)
+                newcomers = self._read(chosen, requests, draws, states)
+                rows = torch.cat([pool.rows[stay], newcomers.rows])
+                pool = pool.join(stay, newcomers, draws.cap - int(draws.counts[rows].min()))
+            elif draws.enough_to_leave(pool.rows):
+                pool.select(stay)
+        self.packing.release()
         self._captured = None
         kept = [torch.cat(parts) if parts else None for parts in states]
         return [draws.completion(row, kept[row]) for row in range(len(requests))]

@@ -38,6 +38,7 @@ class Seq2SeqEngine(BatchEngine):
         order = by_length(requests)
         for start in range(0, len(order), self.max_rows):
             self._batch(order[start : start + self.max_rows], requests, draws)
+        self.packing.release()
         return [draws.completion(row) for row in range(len(requests))]
 
     def _encode(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor]:
@@ -61,6 +62,7 @@ class Seq2SeqEngine(BatchEngine):
         rows = torch.tensor(chosen)
         ids = torch.full((len(chosen), 1), self.decoder_start, device=self.device)
         while True:
+            self.packing.fit(len(rows), draws.steps_left(rows))
             output = self.model(
                 encoder_outputs=BaseModelOutput(last_hidden_state=encoded),  # pyright: ignore
                 attention_mask=mask,

@@ -1,0 +1,94 @@
+"""Linear layers whose weights are laid out once for all products of a sampling run.
+
+MKL copies a weight matrix into blocks of its own at every product. With few rows that copy takes longer than the
+product. Sampling multiplies the same weights by the same number of rows at every step, so the blocks are made once,
+kept while a pool of that many rows is sampled, and dropped with it: new weights cannot meet old blocks.
+Measured: docs/benchmarks/sampling_speed.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+WORTH_STEPS = 8  # making the blocks costs about as much as three to five steps gain
+MOST_ROWS = 256  # beyond, the copy hardly counts
+
+
+class _Packed:
+    """A layer that has blocks of its weight for inputs of `rows` rows, and is an ordinary layer for all others."""
+
+    blocks: Tensor | None = None
+    rows: int = 0
+    weight: Tensor
+    bias: Tensor | None
+
+    def matrix(self) -> Tensor:
+        """The weight as `[outputs, inputs]`."""
+        return self.weight.detach()
+
+    def pack(self, rows: int) -> None:
+        self.blocks, self.rows = torch.ops.mkl._mkl_reorder_linear_weight(self.matrix().contiguous(), rows), rows
+
+    def forward(self, x: Tensor) -> Tensor:
+        matrix = self.matrix()
+        if self.blocks is None or x.numel() != self.rows * matrix.shape[1]:
+            return super().forward(x)  # pyright: ignore
+        return torch.ops.mkl._mkl_linear(x, self.blocks, matrix, self.bias, self.rows)
+
+
+class PackedLinear(_Packed, nn.Linear):  # pyright: ignore
+    pass
+
+
+class PackedConv1D(_Packed, Conv1D):
+    """GPT-2's layer, whose weight is `[inputs, outputs]`."""
+
+    def matrix(self) -> Tensor:
+        return self.weight.detach().t()
+
+
+PACKED: dict[type, type[_Packed]] = {nn.Linear: PackedLinear, Conv1D: PackedConv1D}
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether this torch has MKL's packed products, and they are for such a weight."""
+    has = torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
+    return has and weight.device.type == "cpu" and weight.dtype == torch.float32
+
+
+class Packing:
+    """The blocks of a model's linear layers.
+
+    Args:
+        model: whose linear layers become packed ones, in place; those that cannot be packed stay as they are.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.rows = 0
+        self.layers: list[_Packed] = []
+        for module in model.modules():
+            layer: Any = module
+            if type(layer) in PACKED and can_pack(layer.weight):
+                layer.__class__ = PACKED[type(layer)]
+            if isinstance(layer, _Packed):
+                self.layers.append(layer)
+
+    def fit(self, rows: int, steps: int) -> None:
+        """Have blocks for products of `rows` rows where the `steps` to come are worth it, else none."""
+        if rows == self.rows:
+            return
+        self.release()
+        if steps >= WORTH_STEPS and 2 < rows <= MOST_ROWS and self.layers:
+            for layer in self.layers:
+                layer.pack(rows)
+            self.rows = rows
+
+    def release(self) -> None:
+        """Drop the blocks."""
+        for layer in self.layers:
+            layer.blocks, layer.rows = None, 0
+        self.rows = 0
