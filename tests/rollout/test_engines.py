@@ -11,6 +11,7 @@ import torch
 
 from heeler.policies.language_model import LanguageModelPolicy, TopLayers, ValueHead
 from heeler.policies.loading import load_causal_lm
+from heeler.rollout.engines.attention import grouped_attention
 from heeler.rollout.engines.draws import draw_seed, sample
 from heeler.rollout.engines.hf import HFEngine
 from heeler.rollout.engines.native import NativeEngine
@@ -168,6 +169,7 @@ def test_packed_rows_leave_at_half_and_are_packed_anew(tiny_llama: str) -> None:
 @needs_mkl
 def test_blocks_of_an_interrupted_run_are_not_used_again(tiny_llama: str) -> None:
     engine = NativeEngine(load_causal_lm(tiny_llama), eos_ids=[])
+    rows = packed_rows(engine)
     many = [Request(prompt=[3, 4 + i], seed=i) for i in range(4)]
     steps = 0
 
@@ -180,7 +182,7 @@ def test_blocks_of_an_interrupted_run_are_not_used_again(tiny_llama: str) -> Non
     engine.on_progress = interrupt
     with pytest.raises(KeyboardInterrupt):
         engine.generate(many, Sampling(max_new_tokens=12))
-    assert engine.packing.rows == 4
+    assert rows[-1] == 4 and engine.packing.rows == 0
     engine.on_progress = None
     engine.begin()
     generator = torch.Generator().manual_seed(3)
@@ -192,6 +194,20 @@ def test_blocks_of_an_interrupted_run_are_not_used_again(tiny_llama: str) -> Non
     fresh.commit(1)
     sampling = Sampling(max_new_tokens=12)
     same(engine.generate(many, sampling), fresh.generate(many, sampling), atol=1e-3)
+
+
+@pytest.mark.parametrize("columns", [20, 300])
+@pytest.mark.parametrize("masked", [False, True])
+def test_grouped_attention_is_that_of_transformers(columns: int, masked: bool) -> None:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    module: Any = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = 3, True
+    query, key, value = torch.randn(4, 6, 1, 8), torch.randn(4, 2, columns, 8), torch.randn(4, 2, columns, 8)
+    mask = torch.rand(4, 1, 1, columns) < 0.7 if masked else None
+    ours, _ = grouped_attention(module, query, key, value, mask, scaling=0.3)
+    theirs, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_models_with_windows_sample_one_batch_after_the_other() -> None:

@@ -65,10 +65,6 @@ class BatchEngine(WeightReceiver):
         self.token_bias = None if token_bias is None else token_bias.to(self.device)
         self.on_progress: Callable[[int], Any] | None = None
 
-    def check_ready(self) -> None:
-        super().check_ready()
-        self.packing.release()  # an interrupted run may have left blocks of weights that were published over since
-
     def prompts_of(self, requests: Sequence[Request]) -> tuple[list[tuple[int, ...]], Tensor]:
         """What is read for these requests, and `[B]` which of it is each one's prompt."""
         return distinct_prompts(requests) if self.share_prompts else every_prompt(requests)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from heeler.policies.splitting import full_attention, layer_list
+from heeler.rollout.engines.attention import use_grouped_attention
 from heeler.rollout.engines.batch import BatchEngine, Draws, by_length
 from heeler.rollout.engines.seq2seq import Seq2SeqEngine
 from heeler.types import Completion, HeelerError, Request, Sampling
@@ -87,6 +88,7 @@ class NativeEngine(BatchEngine):
         super().__init__(model, **options)
         self.buffered = full_attention(model.config)  # a cache of one column a token
         self.share_prompts = self.share_prompts and self.buffered
+        use_grouped_attention(model)
         self._captured: Tensor | None = None
         self.keeps_states = trunk_layers is not None
         if trunk_layers is not None:
@@ -103,6 +105,14 @@ class NativeEngine(BatchEngine):
         self.check_ready()
         draws = Draws(requests, sampling, self)
         states: list[list[Tensor]] = [[] for _ in requests]
+        with self.packing:
+            self._sample(requests, draws, states)
+        self._captured = None
+        kept = [torch.cat(parts) if parts else None for parts in states]
+        return [draws.completion(row, kept[row]) for row in range(len(requests))]
+
+    def _sample(self, requests: Sequence[Request], draws: Draws, states: list[list[Tensor]]) -> None:
+        """Draw all tokens of the requests; `states` gets what is kept of each."""
         waiting = by_length(requests)
         pool: Pool | None = None
         while waiting or pool is not None:
@@ -123,10 +133,6 @@ class NativeEngine(BatchEngine):
                 pool = pool.join(stay, newcomers, draws.cap - int(draws.counts[rows].min()))
             elif draws.enough_to_leave(pool.rows):
                 pool.select(stay)
-        self.packing.release()
-        self._captured = None
-        kept = [torch.cat(parts) if parts else None for parts in states]
-        return [draws.completion(row, kept[row]) for row in range(len(requests))]
 
     def _read(self, chosen: list[int], requests: Sequence[Request], draws: Draws, states: list[list[Tensor]]) -> Pool:
         """Read the prompts of these requests and draw the first token of each."""

@@ -61,7 +61,7 @@ def can_pack(weight: Tensor) -> bool:
 
 
 class Packing:
-    """The blocks of a model's linear layers.
+    """The blocks of a model's linear layers; they live inside a `with` block at most.
 
     Args:
         model: whose linear layers become packed ones, in place; those that cannot be packed stay as they are.
@@ -86,6 +86,12 @@ class Packing:
             for layer in self.layers:
                 layer.pack(rows)
             self.rows = rows
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     def release(self) -> None:
         """Drop the blocks."""

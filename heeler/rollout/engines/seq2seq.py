@@ -36,9 +36,9 @@ class Seq2SeqEngine(BatchEngine):
         self.check_ready()
         draws = Draws(requests, sampling, self)
         order = by_length(requests)
-        for start in range(0, len(order), self.max_rows):
-            self._batch(order[start : start + self.max_rows], requests, draws)
-        self.packing.release()
+        with self.packing:
+            for start in range(0, len(order), self.max_rows):
+                self._batch(order[start : start + self.max_rows], requests, draws)
         return [draws.completion(row) for row in range(len(requests))]
 
     def _encode(self, requests: Sequence[Request]) -> tuple[Tensor, Tensor]:
