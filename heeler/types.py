@@ -297,6 +297,7 @@ class Completion:
         version: of the weights that sampled.
         trunk_states: `[len(prompt) + len(tokens) - 1, H]` hidden states at the boundary of the frozen trunk,
             where the engine was asked to keep them; the trainer then need not compute them again.
+        final_states: `[len(tokens), H]` final hidden state that each token was drawn from, where it was asked for.
         stop_string: the stop string that ended it, if one did.
     """
 
@@ -305,6 +306,7 @@ class Completion:
     finish_reason: Literal["stop", "length"]
     version: int
     trunk_states: Tensor | None = None
+    final_states: Tensor | None = None
     stop_string: str | None = None
 
 

@@ -11,6 +11,7 @@ adapters. Two critics: a head on the policy's final hidden states, or a model of
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -470,25 +471,70 @@ class LanguageModelPolicy:
         return PolicyOutput(logprobs=logprobs, entropy=entropy, values=values[rows.rows, rows.columns].float())
 
     @torch.no_grad()
-    def score(self, inputs: TokenInputs, *, last_values: bool = False) -> tuple[PolicyOutput, Tensor, Tensor]:
+    def score(
+        self, inputs: TokenInputs, *, last_values: bool = False, known: Tensor | None = None
+    ) -> tuple[PolicyOutput, Tensor, Tensor]:
         """What the update needs of a rollout, from one pass through the trunk.
 
+        Args:
+            inputs: the sequences.
+            last_values: whether the values after the sequences' last tokens are asked for.
+            known: `[n]` log-probabilities that the policy is known to give the decisions. The output layer is then
+                left out, and where `inputs` has the final states, so is the whole pass that only a value head wants.
+
         Returns:
-            The policy's output on the `[n]` decisions, the reference's log-probabilities `[n]`, and `[I]` the
-            values after each sequence's last token (0 unless `last_values`).
+            The policy's output on the `[n]` decisions (its entropies are NaN where the log-probabilities are known),
+            the reference's log-probabilities `[n]`, and `[I]` the values after each sequence's last token (0 unless
+            `last_values`).
         """
         rows = self._rows(inputs, last_values)
         states = self.trunk_states(rows)
+        grid: Tensor | None = None
         with self._autocast():
-            logprobs, entropy, hidden = self._logprobs(self.top, self.model, rows, states)
-            grid = self._values(hidden, rows, states).float()
+            if known is None:
+                logprobs, entropy, hidden = self._logprobs(self.top, self.model, rows, states)
+                grid = self._values(hidden, rows, states).float()
+            else:
+                logprobs, entropy = known, torch.full_like(known, math.nan)
+                if last_values or inputs.final_states is None or self.critic_body is not None:
+                    grid = self._values_alone(rows, states).float()
             with self.reference_weights():
                 ref_logprobs, _, _ = self._logprobs(self.reference_top, self._reference_model(), rows, states)
-        after = grid.new_zeros(len(inputs.lengths))
+        if grid is not None:
+            values = grid[rows.rows, rows.columns]
+        else:
+            assert inputs.final_states is not None
+            values = self.value_network(inputs.final_states.float())[..., 0]
+        after = values.new_zeros(len(inputs.lengths))
         if last_values:
+            assert grid is not None
             after = grid[torch.arange(len(rows.lengths), device=grid.device), rows.lengths - 1]
-        output = PolicyOutput(logprobs=logprobs, entropy=entropy, values=grid[rows.rows, rows.columns])
-        return output, ref_logprobs, after
+        return PolicyOutput(logprobs=logprobs, entropy=entropy, values=values), ref_logprobs, after
+
+    def _values_alone(self, rows: Any, states: Tensor | None) -> Tensor:
+        """`[B, L]` values without the policy's log-probabilities."""
+        needs_policy = self.critic_body is None
+        hidden = self._final(rows, states) if needs_policy else torch.empty(0, device=self.device)
+        return self._values(hidden, rows, states)
+
+    def _final(self, rows: Any, states: Tensor | None) -> Tensor:
+        """`[B, L, H]` the policy's final hidden states."""
+        return self._hidden(self.top, rows, states)
+
+    @torch.no_grad()
+    def logprobs(self, inputs: TokenInputs) -> tuple[Tensor, Tensor]:
+        """`(logprobs [n], entropy [n])` of the decisions, without values and reference."""
+        rows = self._rows(inputs)
+        with self._autocast():
+            return self._logprobs(self.top, self.model, rows, self.trunk_states(rows))[:2]
+
+    @torch.no_grad()
+    def reference_logprobs(self, inputs: TokenInputs) -> Tensor:
+        """`[n]` the reference's log-probabilities of the decisions."""
+        rows = self._rows(inputs)
+        states = self.trunk_states(rows)
+        with self._autocast(), self.reference_weights():
+            return self._logprobs(self.reference_top, self._reference_model(), rows, states)[0]
 
     def reference_weights(self) -> AbstractContextManager[Any]:
         """Inside, the model is the reference: adapters are off (LoRA); otherwise the reference has its own top."""

@@ -219,6 +219,9 @@ class Seq2SeqPolicy(LanguageModelPolicy):
         logprobs, entropy = self._by_softmax(output.logits[rows.rows, rows.columns], rows.tokens)
         return logprobs, entropy, output.decoder_hidden_states[-1]
 
+    def _final(self, rows: Any, states: Tensor | None) -> Tensor:
+        return self._decoder_states(self.model, rows)
+
     def _rows(self, inputs: TokenInputs, include_last: bool = False) -> Seq2SeqRows:
         return source_and_target(inputs, self.decoder_start, include_last=include_last, share=self.shares_prompts)
 

@@ -21,7 +21,7 @@ from heeler.data.prompts import PromptSet
 from heeler.envs.text import CheckedEnvironment, EnvironmentFactory
 from heeler.policies.inputs import TokenInputs
 from heeler.rollout.engines.draws import draw_seed
-from heeler.rollout.text import TextCollector, decode
+from heeler.rollout.text import TextCollector, decode, joined
 from heeler.types import CheckFailed, Completion, Engine, HeelerError, Reduce, Request, Rollout, Sampling
 
 
@@ -215,6 +215,7 @@ def pack_episodes(episodes: Sequence[Episode], device: torch.device) -> tuple[To
         lengths=torch.tensor(lengths, device=device),
         is_decision=torch.tensor(is_decision, device=device),
         trunk_states=torch.cat(states).to(device) if states else None,
+        final_states=joined([turn.completion.final_states for e in episodes for turn in e.turns], device),
     )
     return inputs, torch.tensor(rewards, dtype=torch.float32, device=device)
 

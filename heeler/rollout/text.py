@@ -171,4 +171,11 @@ def pack(prompts: Sequence[Sequence[int]], completions: Sequence[Completion], de
         lengths=torch.tensor(lengths, device=device),
         is_decision=torch.cat(is_decision).to(device),
         trunk_states=torch.cat(states).to(device) if states else None,
+        final_states=joined([c.final_states for c in completions], device),
     )
+
+
+def joined(parts: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
+    """The tensors behind one another, or None where one is missing."""
+    known = [part for part in parts if part is not None]
+    return torch.cat(known).to(device) if known and len(known) == len(parts) else None

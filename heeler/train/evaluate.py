@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from heeler.policies.inputs import TokenInputs
 from heeler.policies.language_model import LanguageModelPolicy
-from heeler.ppo.minibatches import budgeted_microbatches
+from heeler.ppo.minibatches import budgeted_microbatches, decision_indices
 from heeler.types import Reward, RewardOutput, Rollout, Samples
 
 
@@ -65,6 +66,7 @@ def evaluate_text(
     *,
     texts: Sequence[str],
     token_budget: int,
+    engine_logprobs: Tensor | None = None,
 ) -> Evaluation:
     """Measure a rollout of held-out prompts.
 
@@ -76,6 +78,7 @@ def evaluate_text(
         judges: independent scorers by name.
         texts: what the policy wrote, without what an environment answered.
         token_budget: tokens of a forward pass.
+        engine_logprobs: `[n]` of the decisions under the policy, where they need not be computed again.
 
     Returns:
         figures: `reward` (the probability where the reward model gives one, else the score), `reward_score`, one
@@ -88,8 +91,15 @@ def evaluate_text(
     assert isinstance(inputs, TokenInputs)
     kl, nll = 0.0, 0.0
     for items in budgeted_microbatches(torch.arange(len(inputs.lengths)), inputs.costs.cpu(), token_budget):
-        output, ref_logprobs, _ = policy.score(inputs.select(items.to(inputs.lengths.device)))
-        kl += float((output.logprobs - ref_logprobs).double().sum())
+        items = items.to(inputs.lengths.device)
+        part = inputs.select(items)
+        if engine_logprobs is None:
+            output, ref_logprobs, _ = policy.score(part)
+            logprobs = output.logprobs
+        else:
+            logprobs = engine_logprobs[decision_indices(items, inputs.decision_counts)]
+            ref_logprobs = policy.reference_logprobs(part)
+        kl += float((logprobs - ref_logprobs).double().sum())
         nll -= float(ref_logprobs.double().sum())
     shown = scored.components.get("probability", scored.scores)
     count, tokens = len(rollout.terminated), len(rollout.actions)

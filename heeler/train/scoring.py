@@ -17,10 +17,12 @@ from heeler.train.ppo import TrainState
 from heeler.types import CheckFailed, HeelerError, Rollout, ScoredRollout
 
 if TYPE_CHECKING:
+    from heeler.policies.language_model import LanguageModelPolicy
     from heeler.train.text import TextRun
 
 # How far engine and trainer, or policy and reference at the start, may lie apart: mean nats a token.
 LOGPROB_TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}
+PROBED = 4  # sequences that the trainer scores too where the engine's log-probabilities are taken
 
 
 def make_score(run: TextRun) -> Callable[[Rollout, TrainState], tuple[ScoredRollout, dict[str, float]]]:
@@ -66,11 +68,18 @@ def make_score(run: TextRun) -> Callable[[Rollout, TrainState], tuple[ScoredRoll
         ):
             items = items.to(device)
             indices = decision_indices(items, inputs.decision_counts)
-            said, ref_logprobs, last = policy.score(inputs.select(items), last_values=bootstrapping)
+            said, ref_logprobs, last = policy.score(
+                inputs.select(items),
+                last_values=bootstrapping,
+                known=rollout.behavior_logprobs[indices] if run.trusts_engine else None,
+            )
             old[indices], values[indices], ref[indices] = said.logprobs, said.values, ref_logprobs
             after[items] = last
 
-        gap = (rollout.behavior_logprobs - old).abs()
+        gap = rollout.behavior_logprobs - old
+        if run.trusts_engine:
+            gap = probe(policy, inputs, rollout.behavior_logprobs)
+        gap = gap.abs()
         kl = kl_estimate(old, ref, config.kl_estimator)
         sequence_kl = segment_sums(kl_estimate(old, ref, "k1"), rollout.offsets)
         check_paths(gap, old - ref, state.step, tolerance)
@@ -110,8 +119,17 @@ def make_score(run: TextRun) -> Callable[[Rollout, TrainState], tuple[ScoredRoll
     return score
 
 
+@torch.no_grad()
+def probe(policy: LanguageModelPolicy, inputs: TokenInputs, logprobs: torch.Tensor) -> torch.Tensor:
+    """The engine's less the trainer's log-probabilities of the decisions of a few sequences."""
+    count = len(inputs.lengths)
+    items = torch.linspace(0, count - 1, min(PROBED, count), device=inputs.lengths.device).long()
+    said, _ = policy.logprobs(inputs.select(items))
+    return logprobs[decision_indices(items, inputs.decision_counts)] - said
+
+
 def check_paths(gap: torch.Tensor, from_reference: torch.Tensor, step: int, tolerance: float) -> None:
-    """Engine against trainer (every update is the probe of the publish before it), and policy against reference."""
+    """Engine against trainer (every rollout is the probe of the publish before it), and policy against reference."""
     if not bool(torch.isfinite(gap).all()):
         raise CheckFailed(
             "a log-probability is not finite: the model's weights or logits hold NaN; lower the learning rate"

@@ -85,6 +85,8 @@ class TextConfig:
         engine_rows: completions sampled at once.
         engine_memory: share of a GPU that vllm takes.
         reuse_trunk_states: let the engine keep the frozen trunk's hidden states for the trainer.
+        old_logprobs: of the policy that sampled: the engine's own, or computed anew by the "trainer", which costs a
+            pass. "auto" takes the native engine's in fp32, where both agree to a few millionths of a nat.
         share_prompts: read a prompt once for all its samples, in the native engine and in the trainer's forward passes.
         precision: "auto" measures; fp32 or bf16.
         device: "auto" takes a GPU where there is one.
@@ -127,6 +129,7 @@ class TextConfig:
     engine_rows: int = 128
     engine_memory: float = 0.4
     reuse_trunk_states: bool = True
+    old_logprobs: Literal["auto", "engine", "trainer"] = "auto"
     share_prompts: bool = True
     precision: machine.Precision = "auto"
     device: str = "auto"
@@ -157,6 +160,7 @@ class TextRun(Run):
     prompts: PromptSet | None
     eval_prompts: PromptSet | None
     score_moments: RunningMoments = field(default_factory=RunningMoments)
+    trusts_engine: bool = False  # its log-probabilities are the old policy's
 
     def collector(self) -> TextCollector:
         config = self.config
@@ -232,7 +236,8 @@ class TextRun(Run):
         ]
 
     def resolved(self) -> dict[str, Any]:
-        return {"precision": self.policy.precision, **super().resolved()}
+        old_logprobs = "engine" if self.trusts_engine else "trainer"
+        return {"precision": self.policy.precision, "old_logprobs": old_logprobs, **super().resolved()}
 
     def save_state(self) -> dict[str, Any]:
         return {"score_moments": vars(self.score_moments)}
@@ -261,6 +266,7 @@ class TextRun(Run):
             evaluation = evaluate_text(
                 self.policy, rollout, self.samples_of(rollout), self.judge(rollout), self.judges,
                 texts=self.texts_of(rollout), token_budget=self.config.ppo.token_budget,
+                engine_logprobs=rollout.behavior_logprobs if self.trusts_engine else None,
             )  # fmt: skip
             evaluation.figures.update({k: float(x.float().mean()) for k, x in self.episode_figures(rollout).items()})
             return evaluation
@@ -353,6 +359,9 @@ def build_text_run(
         "token_bias": bias,
         "tokenizer": tokenizer,
     }
+    trusts_engine = config.old_logprobs == "engine" or (
+        config.old_logprobs == "auto" and config.engine == "native" and precision == "fp32"
+    )
     if seq2seq and config.engine != "native":
         raise HeelerError(f"the {config.engine} engine samples causal models only: leave --engine native")
     engine: Engine
@@ -364,6 +373,8 @@ def build_text_run(
         case "native":
             if keep_states:
                 options["trunk_layers"] = policy.num_trunk_layers
+            if trusts_engine and not seq2seq and isinstance(config.critic, ValueHead):
+                options["final_states"] = config.truncation != "bootstrap"
             engine = native_engine(policy.engine_model, **options, share_prompts=config.share_prompts)
     if precision == "bf16":
         config = replace(config, ppo=replace(config.ppo, ratio_tolerance=max(config.ppo.ratio_tolerance, 0.05)))
@@ -392,7 +403,7 @@ def build_text_run(
             notes.append(f"{both} of the evaluation prompts are trained on too: figures on them are not held out")
     return TextRun(
         config=config, tokenizer=tokenizer, policy=policy, engine=engine, reward=scorer, judges=judges,
-        prompts=loaded, eval_prompts=loaded_eval, state=state, notes=notes,
+        prompts=loaded, eval_prompts=loaded_eval, state=state, notes=notes, trusts_engine=trusts_engine,
     )  # fmt: skip
 
 

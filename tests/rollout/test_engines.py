@@ -65,7 +65,9 @@ def test_a_request_samples_the_same_whatever_shares_its_batch(tiny_llama: str) -
 
 def test_logprobs_and_states_equal_the_trainers(tiny_llama: str) -> None:
     policy = LanguageModelPolicy(load_causal_lm(tiny_llama), trainable=TopLayers(layers=1), critic=ValueHead())
-    engine = NativeEngine(policy.engine_model, eos_ids=range(40), trunk_layers=policy.num_trunk_layers)
+    engine = NativeEngine(
+        policy.engine_model, eos_ids=range(40), trunk_layers=policy.num_trunk_layers, final_states=True
+    )
     completions = engine.generate(requests(), Sampling(max_new_tokens=8))
     kept = pack(PROMPTS, completions, policy.device)
     assert kept.trunk_states is not None
@@ -75,6 +77,8 @@ def test_logprobs_and_states_equal_the_trainers(tiny_llama: str) -> None:
     states = policy.trunk(input_ids=rows.ids, use_cache=False).last_hidden_state.detach()
     for row, length in enumerate(rows.lengths.tolist()):
         torch.testing.assert_close(rows.states[row, :length], states[row, :length], atol=1e-4, rtol=1e-4)
+    final = policy.model.base_model(input_ids=rows.ids, use_cache=False).last_hidden_state.detach()
+    torch.testing.assert_close(kept.final_states, final[rows.rows, rows.columns], atol=1e-4, rtol=1e-4)
 
 
 def test_finished_rows_leave_the_batch(tiny_llama: str) -> None:
@@ -104,8 +108,9 @@ def test_waiting_requests_take_the_rows_of_those_that_ended(architecture: str, t
         lambda m, a, kw: passes.append(tuple(kw["input_ids"].shape)), with_kwargs=True
     )
     engine = NativeEngine(
-        policy.engine_model, eos_ids=range(25), max_rows=8, trunk_layers=policy.num_trunk_layers or None
-    )
+        policy.engine_model, eos_ids=range(25), max_rows=8, trunk_layers=policy.num_trunk_layers or None,
+        final_states=True,
+    )  # fmt: skip
     sampling = Sampling(max_new_tokens=16)
     together = engine.generate(many, sampling)
     reads = [i for i, (_, width) in enumerate(passes) if width > 1]
@@ -114,6 +119,8 @@ def test_waiting_requests_take_the_rows_of_those_that_ended(architecture: str, t
     for request, completion in zip(many, together, strict=True):
         (alone,) = engine.generate([request], sampling)
         same([completion], [alone])
+        torch.testing.assert_close(completion.final_states, alone.final_states, atol=1e-4, rtol=1e-4)
+        assert completion.final_states is not None and len(completion.final_states) == len(completion.tokens)
         if engine.keeps_states:
             assert completion.trunk_states is not None and alone.trunk_states is not None
             assert completion.trunk_states.shape[0] == len(request.prompt) + len(completion.tokens) - 1

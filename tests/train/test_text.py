@@ -21,10 +21,12 @@ from heeler import (
     Sampling,
     SeparateCritic,
     TopLayers,
+    ValueHead,
     load_text_run,
     resume_text,
     train_text,
 )
+from heeler.policies.language_model import LanguageModelPolicy
 from heeler.train.ppo import UpdateReport
 from heeler.train.text import build_text_run
 from tests.runs import numbers, small
@@ -205,6 +207,43 @@ def test_ctrl_c_saves_and_says_how_to_resume(tiny_llama: str, tmp_path: Path) ->
         train_text(small(tiny_llama, tmp_path / "run"), prompts=PROMPTS, reward=vowels, on_update=interrupt, show=False)
     assert load_text_run(tmp_path / "run", prompts=PROMPTS, reward=vowels).state.step == 1
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["updates"] == 1
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the policy's passes without gradient, as they come."""
+    seen: list[str] = []
+    for method in ("_logprobs", "_values_alone"):
+        original = getattr(LanguageModelPolicy, method)
+
+        def counted(*args: Any, _original: Any = original, _method: str = method) -> Any:
+            if not torch.is_grad_enabled():
+                seen.append(_method)
+            return _original(*args)
+
+        monkeypatch.setattr(LanguageModelPolicy, method, counted)
+    return seen
+
+
+@pytest.mark.parametrize("trainable", [Full(), TopLayers(layers=1)], ids=str)
+@pytest.mark.parametrize("critic", [ValueHead(), SeparateCritic()], ids=str)
+def test_the_engines_logprobs_are_the_trainers(
+    tiny_llama: str, tmp_path: Path, trainable: Any, critic: Any, passes: list[str]
+) -> None:
+    """The same run with the old policy's log-probabilities from either: a pass less, the same numbers."""
+    for name in ("engine", "trainer", "auto"):
+        passes.clear()
+        config = small(tiny_llama, tmp_path / name, trainable=trainable, critic=critic, old_logprobs=name)
+        train_text(config, prompts=PROMPTS, reward=vowels, show=False)
+        # in each of 4 updates: the reference; and the probe, or all that the trainer computes itself
+        assert passes.count("_logprobs") == 8
+        assert passes.count("_values_alone") == (4 if name != "trainer" and isinstance(critic, SeparateCritic) else 0)
+        resolved = json.loads((tmp_path / name / "config.json").read_text())["resolved"]
+        assert resolved["old_logprobs"] == ("trainer" if name == "trainer" else "engine")
+    assert numbers(tmp_path / "auto") == numbers(tmp_path / "engine")
+    for a, b in zip(numbers(tmp_path / "engine"), numbers(tmp_path / "trainer"), strict=True):
+        for key in ("reward/mean", "kl/ref", "policy/loss", "value/loss", "policy/entropy", "completion/length"):
+            assert a[key] == pytest.approx(b[key], rel=2e-2, abs=1e-3), key
 
 
 def test_a_stale_engine_stops_the_run(tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

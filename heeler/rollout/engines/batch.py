@@ -139,8 +139,8 @@ class Draws:
         ended = float(self.finished[rows].float().mean())
         return ended >= LEAVE_FRACTION_PACKED and self.steps_left(rows) >= WORTH_STEPS
 
-    def completion(self, row: int, trunk_states: Tensor | None = None) -> Completion:
-        """What request `row` got."""
+    def completion(self, row: int, **states: Tensor | None) -> Completion:
+        """What request `row` got; `states` are those of a completion."""
         n = int(self.counts[row])
         return Completion(
             tokens=self.tokens[row, :n].tolist(),
@@ -148,5 +148,5 @@ class Draws:
             finish_reason="stop" if bool(self.stopped[row]) else "length",
             version=self.engine.version,
             stop_string=self.stop_strings[row],
-            trunk_states=trunk_states,
+            **states,
         )

@@ -13,7 +13,8 @@ its boundary are kept on the way: the trainer then never runs the trunk at all.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,18 @@ from heeler.rollout.engines.attention import use_grouped_attention
 from heeler.rollout.engines.batch import BatchEngine, Draws, by_length
 from heeler.rollout.engines.seq2seq import Seq2SeqEngine
 from heeler.types import Completion, HeelerError, Request, Sampling
+
+
+@dataclass
+class Kept:
+    """What is kept of a request: hidden states `[n, H]` at the trunk's boundary and below the output layer."""
+
+    trunk: list[Tensor] = field(default_factory=list[Tensor])
+    final: list[Tensor] = field(default_factory=list[Tensor])
+
+    def states(self) -> dict[str, Tensor | None]:
+        """The arguments of a completion."""
+        return {f"{name}_states": torch.cat(parts) if parts else None for name, parts in vars(self).items()}
 
 
 @dataclass
@@ -79,62 +92,66 @@ class NativeEngine(BatchEngine):
 
     Args:
         model: a causal LM that belongs to the engine.
-        trunk_layers: keep the hidden states after this many layers; None keeps nothing.
+        trunk_layers: keep the hidden states after this many layers; None keeps none.
+        final_states: keep the final hidden state that each token was drawn from.
         options: of `BatchEngine`. Prompts are shared, and rows that ended are taken by waiting requests, where every
             layer attends to everything; elsewhere one batch follows the other.
     """
 
-    def __init__(self, model: Any, *, trunk_layers: int | None = None, **options: Any) -> None:
+    def __init__(
+        self, model: Any, *, trunk_layers: int | None = None, final_states: bool = False, **options: Any
+    ) -> None:
         super().__init__(model, **options)
         self.buffered = full_attention(model.config)  # a cache of one column a token
         self.share_prompts = self.share_prompts and self.buffered
         use_grouped_attention(model)
-        self._captured: Tensor | None = None
+        self._captured: dict[str, Tensor] = {}
         self.keeps_states = trunk_layers is not None
+        if final_states:
+            model.base_model.register_forward_hook(partial(self._capture, "final"))
         if trunk_layers is not None:
             found = layer_list(model.base_model)
             if found is None or not 1 <= trunk_layers <= len(found[1]):
                 raise HeelerError(f"the engine cannot keep the states after layer {trunk_layers} of this model")
-            found[1][trunk_layers - 1].register_forward_hook(self._capture)
+            found[1][trunk_layers - 1].register_forward_hook(partial(self._capture, "trunk"))
 
-    def _capture(self, module: Any, args: Any, output: Any) -> None:
-        self._captured = output[0] if isinstance(output, tuple) else output
+    def _capture(self, name: str, module: Any, args: Any, output: Any) -> None:
+        self._captured[name] = output if isinstance(output, Tensor) else output[0]
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         self.check_ready()
         draws = Draws(requests, sampling, self)
-        states: list[list[Tensor]] = [[] for _ in requests]
+        kept = [Kept() for _ in requests]
         with self.packing:
-            self._sample(requests, draws, states)
-        self._captured = None
-        kept = [torch.cat(parts) if parts else None for parts in states]
-        return [draws.completion(row, kept[row]) for row in range(len(requests))]
+            self._sample(requests, draws, kept)
+        self._captured = {}
+        return [draws.completion(row, **kept[row].states()) for row in range(len(requests))]
 
-    def _sample(self, requests: Sequence[Request], draws: Draws, states: list[list[Tensor]]) -> None:
-        """Draw all tokens of the requests; `states` gets what is kept of each."""
+    def _sample(self, requests: Sequence[Request], draws: Draws, kept: list[Kept]) -> None:
+        """Draw all tokens of the requests."""
         waiting = by_length(requests)
         pool: Pool | None = None
         while waiting or pool is not None:
             if pool is None:
                 chosen, waiting = waiting[: self.max_rows], waiting[self.max_rows :]
-                pool = self._read(chosen, requests, draws, states)
+                pool = self._read(chosen, requests, draws, kept)
             else:
                 self.packing.fit(len(pool.rows), draws.steps_left(pool.rows))
-                self._step(pool, draws, states)
+                self._step(pool, draws, kept)
             stay = (~draws.finished[pool.rows]).nonzero()[:, 0]
             if len(stay) == 0:
                 pool = None
             elif self.buffered and waiting and draws.enough_to_join(pool.rows):
                 room = self.max_rows - len(stay)
                 chosen, waiting = waiting[:room], waiting[room:]
-                newcomers = self._read(chosen, requests, draws, states)
+                newcomers = self._read(chosen, requests, draws, kept)
                 rows = torch.cat([pool.rows[stay], newcomers.rows])
                 pool = pool.join(stay, newcomers, draws.cap - int(draws.counts[rows].min()))
             elif draws.enough_to_leave(pool.rows):
                 pool.select(stay)
 
-    def _read(self, chosen: list[int], requests: Sequence[Request], draws: Draws, states: list[list[Tensor]]) -> Pool:
+    def _read(self, chosen: list[int], requests: Sequence[Request], draws: Draws, kept: list[Kept]) -> Pool:
         """Read the prompts of these requests and draw the first token of each."""
         from heeler.rollout.engines.buffers import make_cache
 
@@ -153,28 +170,29 @@ class NativeEngine(BatchEngine):
         of = owners.to(self.device)
         pool = Pool(rows=rows, ids=ids.to(self.device), positions=positions, mask=mask, padded=bool(first.any()),
                     cache=cache, end=width)  # fmt: skip
-        logits, reached = self._forward(pool)
-        if reached is not None:
+        logits = self._forward(pool)
+        for name, states in self._states():
             for row, owner in zip(chosen, owners.tolist(), strict=True):
-                states[row].append(reached[owner, int(first[owner]) :])
+                begin = -1 if name == "final" else int(first[owner])
+                getattr(kept[row], name).append(states[owner, begin:])
         if len(prompts) < len(chosen):  # from here on every request has a row
             logits, pool.positions, pool.mask = logits[of], positions[of], mask[of]
             cache.batch_select_indices(of)
         self._next(pool, draws.draw(rows, logits))
         return pool
 
-    def _step(self, pool: Pool, draws: Draws, states: list[list[Tensor]]) -> None:
+    def _step(self, pool: Pool, draws: Draws, kept: list[Kept]) -> None:
         """Read the last token of every row and draw the next."""
         pool.end += 1
-        logits, reached = self._forward(pool)
-        if reached is not None:
+        logits = self._forward(pool)
+        for name, states in self._states():
             for i, row in enumerate(pool.rows.tolist()):
                 if not draws.finished[row]:
-                    states[row].append(reached[i])
+                    getattr(kept[row], name).append(states[i])
         self._next(pool, draws.draw(pool.rows, logits))
 
-    def _forward(self, pool: Pool) -> tuple[Tensor, Tensor | None]:
-        """`(logits [b, V] after the last token, states at the trunk's boundary [b, n, H] on the host or None)`."""
+    def _forward(self, pool: Pool) -> Tensor:
+        """Logits `[b, V]` after the last token."""
         output = self.model(
             input_ids=pool.ids,
             attention_mask=pool.mask[:, : pool.end] if pool.padded else None,
@@ -183,7 +201,11 @@ class NativeEngine(BatchEngine):
             use_cache=True,
             logits_to_keep=1,
         )
-        return output.logits[:, -1], self._captured.cpu() if self.keeps_states and self._captured is not None else None
+        return output.logits[:, -1]
+
+    def _states(self) -> list[tuple[str, Tensor]]:
+        """The states `[b, n, H]` that are kept of the last forward pass, on the host."""
+        return [(name, states.cpu()) for name, states in self._captured.items()]
 
     @staticmethod
     def _next(pool: Pool, drawn: Tensor) -> None:
