@@ -12,6 +12,7 @@ import torch
 from heeler.policies.language_model import LanguageModelPolicy, TopLayers, ValueHead
 from heeler.policies.loading import load_causal_lm
 from heeler.rollout.engines.attention import grouped_attention
+from heeler.rollout.engines.batch import PART_TOKENS, similar_lengths
 from heeler.rollout.engines.draws import draw_seed, sample
 from heeler.rollout.engines.hf import HFEngine
 from heeler.rollout.engines.native import NativeEngine
@@ -215,6 +216,40 @@ def test_grouped_attention_is_that_of_transformers(columns: int, masked: bool) -
     ours, _ = grouped_attention(module, query, key, value, mask, scaling=0.3)
     theirs, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_prompts_of_similar_lengths_are_read_together() -> None:
+    def tokens(lengths: list[int]) -> tuple[list[list[int]], int, int]:
+        prompts = [[i] * n for i, n in enumerate(lengths)]
+        parts = [prompts[part] for part in similar_lengths(prompts)]
+        assert [p for part in reversed(parts) for p in part] == prompts
+        return [list(map(len, part)) for part in parts], sum(len(p) * max(map(len, p)) for p in parts), len(parts)
+
+    assert tokens([10] * 64)[2] == 1 and tokens([8] * 32 + [14] * 32)[2] == 1  # too few tokens to split
+    spread = list(range(5, 200, 2))
+    parts, places, _ = tokens(spread)
+    assert len(parts) > 3 and places < 1.25 * sum(spread) < len(spread) * 199
+    assert all(sum(part) >= PART_TOKENS for part in parts)
+    samples = [[i] * 10 for i in range(60) for _ in range(4)]
+    for longest, expected in (([[99] * 300] * 3, [243]), ([[99] * 600] * 3, [3, 240])):  # a prompt counts once
+        assert [part.stop - part.start for part in similar_lengths(samples + longest)] == expected
+
+
+@pytest.mark.parametrize("trunk", [False, True])
+def test_parts_of_a_batch_sample_as_each_prompt_alone(
+    tiny_llama: str, trunk: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("heeler.rollout.engines.batch.PART_TOKENS", 8)
+    policy = LanguageModelPolicy(model_that_stops(tiny_llama), trainable=TopLayers(layers=1), critic=ValueHead())
+    options: dict[str, Any] = {"trunk_layers": policy.num_trunk_layers} if trunk else {}
+    engine = NativeEngine(policy.engine_model, eos_ids=range(25), final_states=trunk, **options)
+    many = [Request(prompt=list(range(3, 3 + n)), seed=n) for n in (1, 1, 2, 3, 5, 8, 8, 13, 21, 30)]
+    sampling = Sampling(max_new_tokens=12)
+    for request, completion in zip(many, engine.generate(many, sampling), strict=True):
+        (alone,) = engine.generate([request], sampling)
+        same([completion], [alone])
+        for name in ("trunk_states", "final_states") if trunk else ():
+            torch.testing.assert_close(getattr(completion, name), getattr(alone, name), atol=1e-4, rtol=1e-4)
 
 
 def test_models_with_windows_sample_one_batch_after_the_other() -> None:

@@ -17,6 +17,8 @@ from heeler.types import Completion, Request, Sampling
 LEAVE_FRACTION = 0.125  # finished rows are dropped once they are this share of the batch: dropping copies the cache
 LEAVE_FRACTION_PACKED = 0.5  # and where the weights are packed for the number of rows: they are then packed anew
 
+PART_TOKENS = 512  # products of fewer rows are slower
+
 
 def every_prompt(requests: Sequence[Request]) -> tuple[list[tuple[int, ...]], Tensor]:
     """The prompts of the requests, and `[B]` the prompt of each."""
@@ -73,6 +75,25 @@ class BatchEngine(WeightReceiver):
 def by_length(requests: Sequence[Request]) -> list[int]:
     """The requests in order of their prompts' lengths, those of one prompt side by side."""
     return sorted(range(len(requests)), key=lambda i: (len(requests[i].prompt), tuple(requests[i].prompt)))
+
+
+def similar_lengths(prompts: Sequence[Sequence[int]]) -> list[slice]:
+    """Parts of prompts in order of length (the longest part first) whose padding is not worth another pass.
+
+    A part is closed where the next prompt is shorter than three quarters of its width, and it and what is left have
+    `PART_TOKENS` tokens each. A prompt of several samples, which stand side by side, counts once.
+    """
+    counts = [len(p) if i == 0 or p != prompts[i - 1] else 0 for i, p in enumerate(prompts)]
+    parts: list[slice] = []
+    end, tokens, left = len(prompts), 0, sum(counts)
+    for i in range(len(prompts) - 1, -1, -1):
+        shorter = len(prompts[i]) < 0.75 * len(prompts[end - 1])
+        if shorter and tokens >= PART_TOKENS and left >= PART_TOKENS:
+            parts.append(slice(i + 1, end))
+            end, tokens = i + 1, 0
+        tokens += counts[i]
+        left -= counts[i]
+    return [*parts, slice(0, end)]
 
 
 class Draws:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from heeler.policies.splitting import full_attention, layer_list
 from heeler.rollout.engines.attention import use_grouped_attention
-from heeler.rollout.engines.batch import BatchEngine, Draws, by_length
+from heeler.rollout.engines.batch import BatchEngine, Draws, by_length, similar_lengths
 from heeler.rollout.engines.seq2seq import Seq2SeqEngine
 from heeler.types import Completion, HeelerError, Request, Sampling
 
@@ -152,7 +152,16 @@ class NativeEngine(BatchEngine):
                 pool.select(stay)
 
     def _read(self, chosen: list[int], requests: Sequence[Request], draws: Draws, kept: list[Kept]) -> Pool:
-        """Read the prompts of these requests and draw the first token of each."""
+        """Read the prompts of these requests, those of similar lengths together, and draw the first token of each."""
+        prompts = [tuple(requests[i].prompt) for i in chosen]
+        parts = similar_lengths(prompts) if self.buffered else [slice(0, len(chosen))]
+        pool = self._read_part(chosen[parts[0]], requests, draws, kept)
+        for part in parts[1:]:
+            other = self._read_part(chosen[part], requests, draws, kept)
+            pool = pool.join(torch.arange(len(pool.rows)), other, draws.cap - 1)
+        return pool
+
+    def _read_part(self, chosen: list[int], requests: Sequence[Request], draws: Draws, kept: list[Kept]) -> Pool:
         from heeler.rollout.engines.buffers import make_cache
 
         prompts, owners = self.prompts_of([requests[i] for i in chosen])
