@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 # How far engine and trainer, or policy and reference at the start, may lie apart: mean nats a token.
 LOGPROB_TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}
-PROBED = 4  # sequences that the trainer scores too where the engine's log-probabilities are taken
+PROBED = 4  # sequences, or an eighth, that the trainer scores too where the engine's log-probabilities are taken
 
 
 def make_score(run: TextRun) -> Callable[[Rollout, TrainState], tuple[ScoredRollout, dict[str, float]]]:
@@ -123,7 +123,8 @@ def make_score(run: TextRun) -> Callable[[Rollout, TrainState], tuple[ScoredRoll
 def probe(policy: LanguageModelPolicy, inputs: TokenInputs, logprobs: torch.Tensor) -> torch.Tensor:
     """The engine's less the trainer's log-probabilities of the decisions of a few sequences."""
     count = len(inputs.lengths)
-    items = torch.linspace(0, count - 1, min(PROBED, count), device=inputs.lengths.device).long()
+    probed = min(PROBED, -(-count // 8))
+    items = torch.linspace(0, count - 1, probed, device=inputs.lengths.device).long()
     said, _ = policy.logprobs(inputs.select(items))
     return logprobs[decision_indices(items, inputs.decision_counts)] - said
 

@@ -5,10 +5,18 @@ tokens that copy takes ten times as long as the attention itself. Here the heads
 one head, which needs no copy:
 
     [B, heads, 1, D] -> [B, groups, heads / groups, D]        against keys `[B, groups, n, D]`, mask `[B, 1, 1, n]`
+
+Rows of a pool end in the same column and begin where their length says. A few rows at a time, the columns before the
+first of their tokens are left out:
+
+    . . . . . . a a     read from here ->  a a
+    . . . . . b b b                        b b b
+    c c c c c c c c     c c c c c c c c
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +24,7 @@ from torch import Tensor, nn
 
 NAME = "heeler_grouped"
 SHORT = 128  # columns up to which torch's own grouping is as fast on a CPU
+ROWS = 8  # read together
 
 
 def grouped_attention(
@@ -27,13 +36,60 @@ def grouped_attention(
     batch, heads, length, width = query.shape
     groups = key.shape[1]
     plain = options.get("position_bias") is None and not options.get("dropout")
-    if length != 1 or heads == groups or not plain or (attention_mask is None and key.shape[2] < SHORT):
+    parts = row_parts(attention_mask, key.shape[2]) if length == 1 and plain else None
+    short = attention_mask is None and key.shape[2] < SHORT
+    if length != 1 or not plain or (parts is None and (heads == groups or short)):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     grouped = query.reshape(batch, groups, heads // groups, width)
-    attended = torch.nn.functional.scaled_dot_product_attention(
-        grouped, key, value, attn_mask=attention_mask, scale=options.get("scaling")
-    )
+    if parts is None:
+        attended = _attend(grouped, key, value, attention_mask, options)
+    else:
+        assert attention_mask is not None
+        attended = query.new_empty(batch, groups, heads // groups, value.shape[-1])
+        for rows, columns in parts:
+            attended[rows] = _attend(
+                grouped[rows],
+                key[rows, :, columns],
+                value[rows, :, columns],
+                attention_mask[rows, ..., columns],
+                options,
+            )
     return attended.reshape(batch, 1, heads, value.shape[-1]), None
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=options.get("scaling")
+    )
+
+
+@dataclass
+class _Seen:
+    """The parts of the last mask: all layers of a forward pass get the same one."""
+
+    mask: Tensor | None = None
+    parts: list[tuple[slice, slice]] | None = None
+
+
+_last = _Seen()
+
+
+def row_parts(mask: Tensor | None, columns: int) -> list[tuple[slice, slice]] | None:
+    """`(rows, columns that they need)` of a mask `[B, 1, 1, n]` that begins with hidden columns.
+
+    None where there is nothing to leave out: on a GPU, where few columns are read, or where less than a tenth goes.
+    """
+    if mask is None or mask.dtype != torch.bool or mask.device.type != "cpu" or columns < SHORT or len(mask) <= ROWS:
+        return None
+    if _last.mask is not mask:
+        starts = mask[:, 0, 0].int().argmax(1)  # the first column that each row sees
+        parts = [
+            (slice(row, min(row + ROWS, len(mask))), slice(int(starts[row : row + ROWS].min()), None))
+            for row in range(0, len(mask), ROWS)
+        ]
+        needed = sum((rows.stop - rows.start) * (columns - kept.start) for rows, kept in parts)
+        _last.mask, _last.parts = mask, parts if needed < 0.9 * len(mask) * columns else None
+    return _last.parts
 
 
 def use_grouped_attention(model: Any) -> None:
@@ -42,8 +98,7 @@ def use_grouped_attention(model: Any) -> None:
     from transformers.masking_utils import sdpa_mask
 
     config = model.config.get_text_config(decoder=True)
-    heads = getattr(config, "num_attention_heads", 1)
-    if config._attn_implementation != "sdpa" or getattr(config, "num_key_value_heads", heads) in (None, heads):
+    if config._attn_implementation != "sdpa":
         return
     AttentionInterface.register(NAME, grouped_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -15,7 +15,7 @@ from heeler.rollout.engines.weights import WeightReceiver
 from heeler.types import Completion, Request, Sampling
 
 LEAVE_FRACTION = 0.125  # finished rows are dropped once they are this share of the batch: dropping copies the cache
-LEAVE_FRACTION_PACKED = 0.5  # and where the weights are packed for the number of rows: they are then packed anew
+LEAVE_FRACTION_PACKED = 0.25  # and where the weights are packed for the number of rows: they are then packed anew
 
 PART_TOKENS = 512  # products of fewer rows are slower
 

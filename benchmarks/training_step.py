@@ -1,0 +1,159 @@
+"""Forward and backward pass of a 135M language model over one batch: Heeler beside plain transformers.
+
+    python benchmarks/training_step.py [--threads 2] [--rounds 2]
+
+SmolLM2-135M in fp32, 64 sequences of 10 prompt tokens and 24 sampled ones, the gradient of the mean log-probability of
+the sampled tokens. Every system runs in a process of its own, and each repeats the step; the fastest counts. Only
+Heeler tells the C library to keep freed memory, which it does at the start of every run. The gradients of the plain
+model and of Heeler with all weights are compared. Writes docs/benchmarks/training_step.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from pages import hardware  # noqa: E402
+
+ROWS, PROMPT, SAMPLED, TOP = 64, 10, 24, 6
+SYSTEMS = {
+    "plain": "transformers, logits of every position, log-softmax, gather",
+    "chosen": "transformers, logits of the sampled positions only",
+    "full": "Heeler, all weights",
+    "top": f"Heeler, top {TOP} layers, states of the trunk known",
+}
+
+
+def tokens_of_batch(torch: Any) -> Any:
+    return torch.randint(100, 40000, (ROWS, PROMPT + SAMPLED), generator=torch.Generator().manual_seed(0))
+
+
+def plain(torch: Any, model: Any, *, chosen: bool) -> Callable[[], None]:
+    ids = tokens_of_batch(torch)
+
+    def step() -> None:
+        # position t predicts token t + 1, so the last one is not read
+        keep = slice(PROMPT - 1, None) if chosen else slice(None)
+        hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
+        logprobs = model.lm_head(hidden[:, keep]).log_softmax(-1)
+        picked = logprobs.gather(2, ids[:, 1:][:, keep][..., None])[:, -SAMPLED:]
+        picked.mean().backward()
+
+    return step
+
+
+def heeler(torch: Any, model: Any, *, top: bool) -> Callable[[], None]:
+    from dataclasses import replace
+
+    from heeler.policies.inputs import TokenInputs
+    from heeler.policies.language_model import Full, LanguageModelPolicy, TopLayers, ValueHead
+    from heeler.runtime.machine import keep_freed_memory
+
+    keep_freed_memory()
+    policy = LanguageModelPolicy(
+        model, trainable=TopLayers(layers=TOP) if top else Full(), critic=ValueHead(), precision="fp32"
+    )
+    inputs = TokenInputs(
+        tokens=tokens_of_batch(torch).flatten(),
+        lengths=torch.full((ROWS,), PROMPT + SAMPLED),
+        is_decision=(torch.arange(PROMPT + SAMPLED) >= PROMPT).repeat(ROWS),
+    )
+    if top:
+        with torch.no_grad():
+            states = policy.trunk_states(inputs.padded(include_last=True))
+        assert states is not None
+        inputs = replace(inputs, trunk_states=states.flatten(0, 1))
+
+    def step() -> None:
+        policy.evaluate(inputs).logprobs.mean().backward()
+
+    return step
+
+
+def measure(system: str, threads: int, repeats: int, gradients: str) -> float:
+    """Seconds of the fastest step; the gradient of the first one is saved."""
+    import torch
+
+    from heeler.policies.loading import load_causal_lm
+    from heeler.recipes.imdb import smollm2_folder
+
+    torch.set_num_threads(threads)
+    model = load_causal_lm(str(smollm2_folder(show=False)))
+    if system in ("plain", "chosen"):
+        step = plain(torch, model, chosen=system == "chosen")
+    else:
+        step = heeler(torch, model, top=system == "top")
+    seconds = float("inf")
+    for number in range(repeats + 1):
+        model.zero_grad()
+        begun = time.perf_counter()
+        step()
+        taken = time.perf_counter() - begun
+        if number == 0:
+            torch.save({n: p.grad for n, p in model.named_parameters() if p.grad is not None}, gradients)
+        else:
+            seconds = min(seconds, taken)
+    return seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each system, in turns (2)")
+    parser.add_argument("--repeats", type=int, default=4, help="counted steps of a process (4)")
+    parser.add_argument("--child", nargs=2, metavar=("SYSTEM", "GRADIENTS"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        print(json.dumps(measure(given.child[0], given.threads, given.repeats, given.child[1])))
+        return
+    import torch
+
+    best = dict.fromkeys(SYSTEMS, float("inf"))
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(given.rounds):
+            for system in SYSTEMS:
+                command = [sys.executable, str(Path(__file__).resolve()), "--threads", str(given.threads)]
+                command += ["--repeats", str(given.repeats), "--child", system, f"{folder}/{system}.pt"]
+                done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                best[system] = min(best[system], json.loads(done.stdout.splitlines()[-1]))
+                print(system, f"{best[system]:.2f} s", flush=True)
+        loaded = {system: torch.load(f"{folder}/{system}.pt") for system in SYSTEMS}
+    largest = {name: float(gradient.abs().max()) for name, gradient in loaded["plain"].items()}
+    apart = {
+        system: max(float((g - loaded["plain"][n]).abs().max()) / largest[n] for n, g in loaded[system].items())
+        for system in SYSTEMS
+    }
+    lines = [
+        "# One training step, beside plain transformers",
+        "",
+        f"Made by `python benchmarks/training_step.py --threads {given.threads} --rounds {given.rounds}`. Hardware:"
+        f" {hardware()}. torch {torch.__version__}, fp32.",
+        f"SmolLM2-135M, {ROWS} sequences of {PROMPT} + {SAMPLED} tokens, forward and backward pass; the fastest of"
+        f" {given.rounds * given.repeats} steps. The last column: the largest difference of a weight's gradient from",
+        "plain transformers', as a share of the largest gradient of that tensor.",
+        "",
+        "| system | seconds | tokens/s | times as fast as the first | gradients differ by |",
+        "|---|---|---|---|---|",
+    ]
+    for system, title in SYSTEMS.items():
+        speed = ROWS * (PROMPT + SAMPLED) / best[system]
+        lines.append(
+            f"| {title} | {best[system]:.2f} | {speed:.0f} | {best['plain'] / best[system]:.1f} |"
+            f" {'' if system == 'plain' else f'{apart[system]:.1e}'} |"
+        )
+    (ROOT / "docs" / "benchmarks" / "training_step.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
