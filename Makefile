@@ -56,9 +56,13 @@ results: $(STAMP)
 	$(BIN)/python benchmarks/task_results.py
 	$(BIN)/python benchmarks/control_results.py
 
-# side by side with others in environments of their own: one update with TRL; steps/s with SB3, CleanRL and PureJaxRL
+# side by side with others in environments of their own: one update with TRL; tokens sampled a second with vLLM (after
+# make test-vllm) and generate; steps/s with SB3, CleanRL and PureJaxRL. On a GPU: python benchmarks/gpu.py
 benchmark: $(STAMP)
 	$(BIN)/python benchmarks/update_speed.py
+	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/sampling_speed.py
+	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/control_speed.py
 
 clean:

@@ -231,7 +231,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         apart = differences(plan, folder, given.device)
     native = speeds["Heeler, native"]
     name = torch.cuda.get_device_name() if on_gpu else "CPU"
-    command = "python benchmarks/gpu.py" + (f" --peak-tflops {given.peak_tflops:g}" if given.peak_tflops else "")
+    options = " --tiny" * given.tiny + (f" --peak-tflops {given.peak_tflops:g}" if given.peak_tflops else "")
+    command = f"python benchmarks/gpu.py{options}"
     lines = [
         "# A 1B-class model on a GPU" if not given.tiny else "# A trial of benchmarks/gpu.py, no result",
         "",

@@ -106,9 +106,9 @@ def floors(case: Case, vocabulary: int, rate: float, bandwidth: float) -> dict[s
     }
 
 
-def machine(torch: Any) -> tuple[float, float]:
+def machine(torch: Any, dtype: Any = None) -> tuple[float, float]:
     """`(operations a second of a large product, bytes a second of a large copy)`."""
-    a, b = torch.ones(2048, 1536), torch.ones(1536, 2048)
+    a, b = torch.ones(2048, 1536, dtype=dtype), torch.ones(1536, 2048, dtype=dtype)
     source, target = torch.ones(64 << 20), torch.ones(64 << 20)
     product, copied = float("inf"), float("inf")
     for _ in range(10):

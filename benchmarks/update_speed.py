@@ -25,12 +25,14 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]  # this checkout is measured, installed or not
 
+from growth import SHAPES, machine  # noqa: E402
 from pages import hardware  # noqa: E402
 
 TORCH, TRL = "2.13.0", "1.12.0"
 PROMPTS, WORDS, RESPONSE_TOKENS = 64, 8, 24
 LR, KL_COEF = 3e-6, 0.05  # TRL's defaults, for all: the weights and the lengths of responses hardly change
 WARM_UP = 1
+VOCABULARY = 49152
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,22 @@ def trl_system(rows: int, timed: int) -> System:
     return System(f"a{rows}", name, updates=WARM_UP + timed, rows=rows)
 
 
+def operations(system: System, prompt_tokens: int, tokens: float, top_layers: int, vocabulary: int) -> float:
+    """Operations of the matrix products that the algorithm needs for one update, those of attention left out.
+
+    The old policy's log-probabilities come with sampling; a frozen trunk's states too. Backward passes count twice;
+    an output layer that is not trained needs one product in them, not two.
+    """
+    shape = SHAPES["135M"]
+    whole, head = 2.0 * shape.layer_weights, 2.0 * vocabulary * shape.hidden  # of one token
+    trained = whole if system.full else whole * top_layers / shape.layers
+    fed = prompt_tokens + tokens - PROMPTS  # the last token of a sequence predicts nothing
+    sampling = whole * fed + head * tokens
+    scoring = trained * fed + head * tokens + whole * fed * system.separate_critic + whole * fed * system.reward_model
+    training = 3 * trained * fed * (1 + system.separate_critic) + (3 if system.full else 2) * head * tokens
+    return sampling + scoring + system.epochs * training
+
+
 # the processes ------------------------------------------------------------------------------------------------
 
 
@@ -82,6 +100,11 @@ def prepare(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Prompts, the policy's folder, and a reward model of the same size with a random head."""
     import torch
 
+    from heeler.runtime.machine import choose_precision
+
+    torch.set_num_threads(job["threads"])
+    precision, _ = choose_precision("auto", "cpu")  # Heeler's; TRL runs in fp32
+    rate, _ = machine(torch, torch.bfloat16 if precision == "bf16" else torch.float32)
     from heeler.data.reviews import review_openings
     from heeler.policies.loading import load_classifier, load_tokenizer
     from heeler.recipes.imdb import smollm2_folder
@@ -100,7 +123,7 @@ def prepare(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     classifier.config.pad_token_id = tokenizer.pad_token_id
     classifier.save_pretrained(folder / "reward")
     tokenizer.save_pretrained(folder / "reward")
-    return {"prompts": prompts, "model": model, "reward": str(folder / "reward")}
+    return {"prompts": prompts, "model": model, "reward": str(folder / "reward"), "rate": [rate, precision]}
 
 
 def share_of_e(completions: list[str], **_: Any) -> list[float]:
@@ -239,11 +262,13 @@ def timed(results: list[dict[str, Any]], figure: str) -> list[float]:
     return [value for result in results for value in result[figure][WARM_UP:]]
 
 
-def table(measured: list[tuple[System, list[dict[str, Any]]]], peer: str | None) -> list[str]:
+def table(
+    measured: list[tuple[System, list[dict[str, Any]]]], peer: str | None, rate: float, top_layers: int
+) -> list[str]:
     of = {system.key: results for system, results in measured}
     head = (
         "system", "precision", "seconds an update, median", "least", "response tokens/s", "rollout", "score", "update",
-        "peak memory, GiB", "times as fast as TRL, by medians", "by least",
+        "peak memory, GiB", "times as fast as TRL, by medians", "by least", "floor, s",
     )  # fmt: skip
     lines = ["| " + " | ".join(head) + " |", "|---|---|" + "---:|" * (len(head) - 2)]
     for system, results in measured:
@@ -262,14 +287,23 @@ def table(measured: list[tuple[System, list[dict[str, Any]]]], peer: str | None)
         else:
             theirs = timed(of[peer], "seconds")
             cells += [f"{median(theirs) / median(seconds):.1f}", f"{min(theirs) / min(seconds):.1f}"]
+        needed = system if not system.rows else HEELER[0]  # TRL does what (b) does
+        work = operations(needed, results[0]["prompt_tokens"], median(tokens), top_layers, VOCABULARY)
+        cells.append(f"{work / rate:.1f}")
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
 
 def report(
-    arguments: argparse.Namespace, measured: list[tuple[System, list[dict[str, Any]]]], peer: str | None, load: float
+    arguments: argparse.Namespace,
+    measured: list[tuple[System, list[dict[str, Any]]]],
+    peer: str | None,
+    load: float,
+    speed: tuple[float, str],
+    top_layers: int,
 ) -> str:
     """The Markdown file."""
+    rate, precision = speed
     first = measured[-1][1][0]
     counts = ", ".join(
         f"({system.key[0]}) {len(timed(results, 'seconds'))}"
@@ -307,13 +341,17 @@ def report(
         f"- Machine: {hardware()}. Threads: {first['threads']}. Load average before the start: {load:.1f}.",
         *(f"- {owner}: {versions}." for owner, versions in environments.items()),
         "",
-        *table(measured, peer),
+        *table(measured, peer, rate, top_layers),
         "",
         f"Each system ran in processes of its own, one after the other, {rounds}; every process"
         f" began with {WARM_UP} update that is not counted. Counted updates: {counts}. Stages are medians too, in"
         " seconds; they need not add up to the median of the whole. *rollout* is sampling; *score* is rewards, the"
-        " reference's log-probabilities, values and advantages (Heeler: also the old log-probabilities); *update* is"
+        " reference's log-probabilities, values and advantages (Heeler in bf16: also the old log-probabilities, which come with sampling in fp32); *update* is"
         " everything with gradients and the optimiser. Peak memory is the resident memory of the process.",
+        "",
+        "*floor*: the operations of the matrix products that the algorithm needs, at the"
+        f" {rate / 1e9:.0f} GFLOP/s of one large {precision} product on this machine. TRL's seconds over a row's floor"
+        " are the most that its ratio could be here.",
         "",
         _ABOUT_TRL if peer else "TRL was not run, so there are no ratios.",
         "",
@@ -338,7 +376,9 @@ def measure(arguments: argparse.Namespace) -> str:
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     peer_python = "" if arguments.skip_trl else trl_python()
     with tempfile.TemporaryDirectory(prefix="update-speed-") as shared:
-        made = in_process(this_script("prepare"), {"tiny": arguments.tiny, "folder": shared})
+        made = in_process(
+            this_script("prepare"), {"tiny": arguments.tiny, "folder": shared, "threads": arguments.threads}
+        )
         common = made | {
             "response_tokens": RESPONSE_TOKENS, "lr": LR, "kl_coef": KL_COEF, "threads": arguments.threads,
             "top_layers": 1 if arguments.tiny else 6,
@@ -370,7 +410,8 @@ def measure(arguments: argparse.Namespace) -> str:
     if len(totals) != 1:
         raise SystemExit(f"the systems read different prompts: {sorted(totals)} tokens")
     measured = [(system, results[system.key]) for system in (*peers, *HEELER)]
-    return report(arguments, measured, fastest().key if peers else None, load)
+    chosen = fastest().key if peers else None
+    return report(arguments, measured, chosen, load, made["rate"], common["top_layers"])
 
 
 def child(kind: str, given: Path, wanted: Path) -> None:
