@@ -346,7 +346,8 @@ def report(
         f"Each system ran in processes of its own, one after the other, {rounds}; every process"
         f" began with {WARM_UP} update that is not counted. Counted updates: {counts}. Stages are medians too, in"
         " seconds; they need not add up to the median of the whole. *rollout* is sampling; *score* is rewards, the"
-        " reference's log-probabilities, values and advantages (Heeler in bf16: also the old log-probabilities, which come with sampling in fp32); *update* is"
+        " reference's log-probabilities, values and advantages (Heeler in bf16: also the old log-probabilities, which"
+        " come with sampling in fp32); *update* is"
         " everything with gradients and the optimiser. Peak memory is the resident memory of the process.",
         "",
         "*floor*: the operations of the matrix products that the algorithm needs, at the"
