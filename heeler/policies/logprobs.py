@@ -6,7 +6,8 @@
 
 Only the positions that made a decision enter, in chunks. The backward pass never stores a chunk's logits:
 with a frozen output layer the gradient with respect to h is formed in the forward pass and kept as `[n, H]`
-(it is then one multiplication); with a trainable one the logits are computed again, chunk by chunk.
+(it is then one multiplication); with a trainable one the probabilities are kept where they are few, and the logits
+are computed again, chunk by chunk, where they are not.
 
 `tests/policies/test_logprobs.py` holds the slow twin.
 """
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 CHUNK_LOGITS = 16 * 1024 * 1024  # logits held at once: 64 MiB in float32
+KEPT_PROBABILITIES = 96 * 1024 * 1024  # kept for the backward pass at most: 384 MiB
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
@@ -55,12 +57,16 @@ class _TokenLogprobs(torch.autograd.Function):
         keep = frozen_head and hidden.requires_grad
         unit = torch.empty_like(hidden) if keep else None  # d log p / d hidden
         unit_entropy = torch.empty_like(hidden) if keep and entropy_gradient else None
+        few = n * weight.shape[0] <= KEPT_PROBABILITIES and not entropy_gradient
+        probabilities: list[Tensor] | None = [] if not frozen_head and few and any(ctx.needs_input_grad) else None
         for start in range(0, n, chunk):
             rows = slice(start, min(start + chunk, n))
             logits = _logits(hidden[rows], weight, bias, temperature)  # (c, V)
             chosen = logits.gather(1, tokens[rows, None])[:, 0]
             lse, p, h = _softmax_parts(logits)
             logprobs[rows], entropy[rows] = chosen - lse, h
+            if probabilities is not None:
+                probabilities.append(p)
             if unit is not None:
                 expected = torch.matmul(p.to(weight.dtype), weight)
                 unit[rows] = ((weight[tokens[rows]] - expected) / temperature).to(hidden.dtype)
@@ -73,11 +79,11 @@ class _TokenLogprobs(torch.autograd.Function):
             entropy_gradient,
             frozen_head,
         )
-        ctx.has_bias = bias is not None
+        ctx.has_bias, ctx.few = bias is not None, probabilities is not None
         if keep:
             ctx.save_for_backward(*[x for x in (unit, unit_entropy) if x is not None])
         else:
-            ctx.save_for_backward(hidden, weight, tokens, *([] if bias is None else [bias]))
+            ctx.save_for_backward(hidden, weight, tokens, *([] if bias is None else [bias]), *(probabilities or []))
         if not entropy_gradient:
             ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
@@ -95,14 +101,19 @@ class _TokenLogprobs(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight)
         grad_bias = None if bias is None else torch.zeros_like(bias)
+        kept = ctx.saved_tensors[4 if ctx.has_bias else 3 :] if ctx.few else None
         for start in range(0, hidden.shape[0], ctx.chunk):
             rows = slice(start, min(start + ctx.chunk, hidden.shape[0]))
-            logits = _logits(hidden[rows], weight, bias, ctx.temperature)
-            lse, p, h = _softmax_parts(logits)
-            slope = p * -grad_logprobs[rows, None]
-            slope.scatter_add_(1, tokens[rows, None], grad_logprobs[rows, None])
-            if ctx.entropy_gradient:
-                slope.addcmul_(p.mul_(-grad_entropy[rows, None]), logits.sub_((lse - h)[:, None]))
+            if kept is not None:
+                slope = kept[start // ctx.chunk] * -grad_logprobs[rows, None]
+                slope.scatter_add_(1, tokens[rows, None], grad_logprobs[rows, None])
+            else:
+                logits = _logits(hidden[rows], weight, bias, ctx.temperature)
+                lse, p, h = _softmax_parts(logits)
+                slope = p * -grad_logprobs[rows, None]
+                slope.scatter_add_(1, tokens[rows, None], grad_logprobs[rows, None])
+                if ctx.entropy_gradient:
+                    slope.addcmul_(p.mul_(-grad_entropy[rows, None]), logits.sub_((lse - h)[:, None]))
             slope = (slope / ctx.temperature).to(weight.dtype)
             grad_hidden[rows] = torch.matmul(slope, weight).to(hidden.dtype)
             grad_weight.addmm_(slope.t(), hidden[rows].to(weight.dtype))
