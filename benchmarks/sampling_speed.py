@@ -65,6 +65,7 @@ WORKLOADS = (
     Workload(32, 8, 100, 100, 24),
 )
 WARM_UP = Workload(8, 1, 10, 10, 4)
+SLOW = ("generate", WORKLOADS[2])  # a quarter of an hour: it copies keys and values once a head at every step
 ROWS = 64  # sampled at once
 Sampler = Callable[[list[list[int]], int, list[int]], list[int]]  # (prompts, cap, ends) -> tokens of each completion
 
@@ -149,8 +150,8 @@ def vllm(folder: str, precision: str) -> Sampler:
     return sample
 
 
-def measure(system: str, folder: str, threads: int, rounds: int, precision: str) -> list[dict[str, float]]:
-    """Tokens and seconds of every workload, the fastest of the rounds."""
+def measure(system: str, folder: str, threads: int, rounds: int, precision: str, slow: bool) -> list[dict[str, float]]:
+    """Tokens and seconds of every workload, the fastest of the rounds; 0 tokens where it was left out."""
     import torch
     from transformers import AutoConfig
 
@@ -164,6 +165,9 @@ def measure(system: str, folder: str, threads: int, rounds: int, precision: str)
     vocabulary = AutoConfig.from_pretrained(folder).vocab_size
     best: list[dict[str, float]] = []
     for workload in (WARM_UP, *WORKLOADS):
+        if (system, workload) == SLOW and not slow:
+            best.append({"tokens": 0, "seconds": 1.0})
+            continue
         prompts, ends = requests_of(workload, vocabulary)
         found: list[dict[str, float]] = []
         for _ in range(1 if workload is WARM_UP else rounds):
@@ -174,7 +178,9 @@ def measure(system: str, folder: str, threads: int, rounds: int, precision: str)
     return best[1:]
 
 
-def child(system: str, folder: str, threads: int, rounds: int, precision: str) -> list[dict[str, float]] | None:
+def child(
+    system: str, folder: str, threads: int, rounds: int, precision: str, slow: bool
+) -> list[dict[str, float]] | None:
     """`measure` in a process of its own; None where the system is not installed."""
     python = VLLM_PYTHON if system == "vllm" else Path(sys.executable)
     if not python.exists():
@@ -184,6 +190,7 @@ def child(system: str, folder: str, threads: int, rounds: int, precision: str) -
         out = Path(scratch) / "out.json"
         arguments = ["--child", system, folder, str(out), "--threads", str(threads), "--rounds", str(rounds)]
         command = [str(python), str(Path(__file__).resolve()), *arguments, "--precision", precision]
+        command += ["--slow"] * slow
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "VLLM_LOGGING_LEVEL": "ERROR"}
         subprocess.run(command, check=True, cwd=scratch, env=environment)
         return json.loads(out.read_text())
@@ -195,7 +202,9 @@ def table(found: dict[str, list[dict[str, float]]]) -> list[str]:
     for i, workload in enumerate(WORKLOADS):
         speeds = {name: found[name][i]["tokens"] / found[name][i]["seconds"] for name in names}
         cells = [
-            f"{speed:.0f}"
+            "-"
+            if speed == 0
+            else f"{speed:.0f}"
             + ("" if name == "native" or "native" not in speeds else f" ({speeds['native'] / speed:.2f})")
             for name, speed in speeds.items()
         ]
@@ -208,12 +217,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--systems", nargs="+", choices=list(TITLES), default=list(TITLES))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--slow", action="store_true", help="time generate on mixed lengths too (a quarter of an hour)")
     parser.add_argument("--precision", choices=("fp32", "bf16"), help="measured where it is not given")
     parser.add_argument("--child", nargs=3, metavar=("SYSTEM", "FOLDER", "OUT"), help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.child:
         system, folder, out = given.child
-        Path(out).write_text(json.dumps(measure(system, folder, given.threads, given.rounds, given.precision)))
+        Path(out).write_text(
+            json.dumps(measure(system, folder, given.threads, given.rounds, given.precision, given.slow))
+        )
         return
     import torch
     from pages import hardware
@@ -226,18 +238,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     load = os.getloadavg()[0]
     found: dict[str, list[dict[str, float]]] = {}
     for system in given.systems:
-        result = child(system, folder, given.threads, given.rounds, precision)
+        result = child(system, folder, given.threads, given.rounds, precision, given.slow)
         if result is not None:
             found[system] = result
             print(system, [f"{r['tokens'] / r['seconds']:.0f}" for r in result], flush=True)
     lines = [
         "# Tokens sampled a second",
         "",
-        f"Made by `python benchmarks/sampling_speed.py --threads {given.threads} --rounds {given.rounds}`. Hardware:"
+        f"Made by `python benchmarks/sampling_speed.py --systems {' '.join(given.systems)} --threads {given.threads}"
+        f" --rounds {given.rounds}`. Hardware:"
         f" {hardware()}. Load average before the start: {load:.1f}. torch {torch.__version__}, {precision}.",
         "SmolLM2-135M, temperature 1, 64 rows at once, one process after the other in one call. In brackets: how many",
         "times as fast the native engine is. Prompts are random tokens; completions that end by themselves are ended",
-        "by a hundredth of the vocabulary.",
+        "by a hundredth of the vocabulary. Where generate has no figure it was left out (`--slow` times it).",
         "",
         *table(found),
     ]
