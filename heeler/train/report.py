@@ -22,7 +22,7 @@ def figures_table(columns: Mapping[str, Mapping[str, float]]) -> str:
     widths = [max(len(title), 10) for title in columns]
     lines = [" " * 20 + "".join(f"  {title:>{w}}" for title, w in zip(columns, widths, strict=True))]
     for name in names:
-        cells = [f"{c[name]:.3f}" if name in c else "-" for c in columns.values()]
+        cells = [f"{c[name]:z.3f}" if name in c else "-" for c in columns.values()]
         lines.append(f"{name:<20}" + "".join(f"  {cell:>{w}}" for cell, w in zip(cells, widths, strict=True)))
     return "\n".join(lines)
 

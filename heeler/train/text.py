@@ -221,7 +221,7 @@ class TextRun(Run):
         return describe_update(metrics, self.config.updates)
 
     def describe_evaluation(self, figures: Mapping[str, float]) -> str:
-        return f"reward {figures['reward']:.3f}, KL {figures['kl/ref']:.2f} nats"
+        return f"reward {figures['reward']:.3f}, KL {figures['kl/ref']:z.2f} nats"
 
     def samples(self, report: UpdateReport) -> list[dict[str, Any]]:
         rollout = report.scored.rollout
@@ -517,7 +517,7 @@ def export_policy(run: TextRun, folder: Path) -> None:
 def describe_update(metrics: Mapping[str, float], total: int) -> str:
     reward = metrics.get("reward/probability", metrics["reward/mean"])
     return (
-        f"{int(metrics['step']):4d}/{total}  reward {reward:6.3f}  KL {metrics['kl/ref']:5.2f}"
+        f"{int(metrics['step']):4d}/{total}  reward {reward:6.3f}  KL {metrics['kl/ref']:z5.2f}"
         f"  clipped {metrics['policy/clip_fraction']:4.0%}  explained {metrics['value/explained_variance']:5.2f}"
         f"  length {metrics['completion/length']:5.1f}  {metrics['decisions_per_second']:5.0f} tokens/s"
     )

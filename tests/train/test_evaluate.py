@@ -18,3 +18,8 @@ def test_the_table_lines_up() -> None:
     table = figures_table({"before": {"reward": 0.5, "own": 1.0}, "after": {"reward": 0.8}}).splitlines()
     assert len({len(line) for line in table}) == 1
     assert table[1].split() == ["reward", "0.500", "0.800"] and table[2].split() == ["own", "1.000", "-"]
+
+
+def test_a_kl_of_rounding_errors_has_no_sign() -> None:
+    (_, row) = figures_table({"before": {"kl/ref": -1.5e-7}}).splitlines()
+    assert row.split() == ["kl/ref", "0.000"]
