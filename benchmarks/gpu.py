@@ -200,7 +200,7 @@ def differences(plan: Plan, folder: str, device: str) -> dict[str, tuple[float, 
             Completion(tokens=row, logprobs=torch.zeros(32), finish_reason="length", version=0)
             for row in drawn.tolist()
         ]
-        return policy.logprobs(pack(prompts, completions, torch.device(where)))[0].cpu()
+        return policy.logprobs(pack(prompts, completions, torch.device(where))).cpu()
 
     expected = logprobs("cpu", "fp32")
     found: dict[str, tuple[float, float]] = {}

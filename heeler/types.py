@@ -155,6 +155,7 @@ class Rollout:
         offsets: `[S+1]` int64, segment s holds the decisions `offsets[s]:offsets[s+1]`.
         actions: `[N]` the decisions (token ids) or `[N, A]` (action vectors).
         behavior_logprobs: `[N]` log-probabilities by the engine that sampled.
+        final_states: `[N, H]` final hidden state that each decision was drawn from, where the engine kept it.
         policy_versions: `[N]` int64, the version of the weights that sampled each decision.
         terminated: `[S]` bool, the segment ended for good (end of sequence, a terminal state).
         truncated: `[S]` bool, it was cut (length cap, time limit, rollout edge).
@@ -176,6 +177,7 @@ class Rollout:
     prompts: Sequence[object]
     completions: Sequence[str]
     columns: Mapping[str, Sequence[object]]
+    final_states: Tensor | None = None
 
     @property
     def num_episodes(self) -> int:
@@ -190,7 +192,7 @@ class ScoredRollout:
     Attributes:
         scores: `[S]` what the reward said of each segment, before any shaping.
         rewards: `[N]` reward of each decision after shaping (score at the last decision, minus beta * KL).
-        old_logprobs: `[N]` by the trainer's own path, before the update.
+        old_logprobs: `[N]` before the update: by the trainer's own path, or the engine's where it is trusted.
         ref_logprobs: `[N]` by the frozen reference; equal to `old_logprobs` where there is none.
         values: `[N]` value estimates before the update.
         bootstrap: `[S]` value after the last decision: 0 where terminated or where the score stands.

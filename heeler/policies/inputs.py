@@ -92,14 +92,12 @@ class TokenInputs:
             token of a sequence cannot be one: nothing predicts it.
         trunk_states: `[T, H]` hidden states at the boundary of the frozen trunk, or None. The row of a
             sequence's last token is never read.
-        final_states: `[n, H]` final hidden state that each decision was drawn from, or None.
     """
 
     tokens: Tensor
     lengths: Tensor
     is_decision: Tensor
     trunk_states: Tensor | None = None
-    final_states: Tensor | None = None
 
     @cached_property
     def starts(self) -> Tensor:
@@ -137,13 +135,7 @@ class TokenInputs:
             lengths=self.lengths[items],
             is_decision=self.is_decision[index],
             trunk_states=None if self.trunk_states is None else self.trunk_states[index],
-            final_states=None if self.final_states is None else self.final_states[self._decisions_at(index)],
         )
-
-    def _decisions_at(self, index: Tensor) -> Tensor:
-        """Which decisions lie at these tokens."""
-        number = self.is_decision.cumsum(0) - 1
-        return number[index[self.is_decision[index]]]
 
     @cached_property
     def beginnings(self) -> tuple[Tensor, Tensor]:

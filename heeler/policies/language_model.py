@@ -419,13 +419,19 @@ class LanguageModelPolicy:
             return self.token_bias if bias is None else bias
         return bias + self.token_bias
 
-    def _values(self, hidden: Tensor, rows: PaddedRows, states: Tensor | None) -> Tensor:
-        """`[B, L]` values at every position."""
+    def _values(self, hidden: Tensor | None, rows: PaddedRows, states: Tensor | None) -> Tensor:
+        """`[B, L]` values at every position; `hidden` are the policy's final states where they are known."""
         if self.critic_body is not None:
             hidden = self._hidden(self.critic_body, rows, states if self.critic_uses_trunk else None)
+        elif hidden is None:
+            hidden = self._final(rows, states)
         elif isinstance(self.critic_config, ValueHead) and self.critic_config.detach:
             hidden = hidden.detach()
         return self.value_network(hidden.float())[..., 0]
+
+    def _final(self, rows: Any, states: Tensor | None) -> Tensor:
+        """`[B, L, H]` the policy's final hidden states."""
+        return self._hidden(self.top, rows, states)
 
     def _rows(self, inputs: TokenInputs, include_last: bool = False) -> Any:
         """The rows of a forward pass; `include_last` for the values after each sequence's last token."""
@@ -472,15 +478,20 @@ class LanguageModelPolicy:
 
     @torch.no_grad()
     def score(
-        self, inputs: TokenInputs, *, last_values: bool = False, known: Tensor | None = None
+        self,
+        inputs: TokenInputs,
+        *,
+        last_values: bool = False,
+        known: Tensor | None = None,
+        final_states: Tensor | None = None,
     ) -> tuple[PolicyOutput, Tensor, Tensor]:
         """What the update needs of a rollout, from one pass through the trunk.
 
         Args:
             inputs: the sequences.
             last_values: whether the values after the sequences' last tokens are asked for.
-            known: `[n]` log-probabilities that the policy is known to give the decisions. The output layer is then
-                left out, and where `inputs` has the final states, so is the whole pass that only a value head wants.
+            known: `[n]` log-probabilities that the policy is known to give the decisions: the output layer is left out.
+            final_states: `[n, H]` that they were drawn from: with `known`, a value head needs no pass of the policy.
 
         Returns:
             The policy's output on the `[n]` decisions (its entropies are NaN where the log-probabilities are known),
@@ -489,52 +500,33 @@ class LanguageModelPolicy:
         """
         rows = self._rows(inputs, last_values)
         states = self.trunk_states(rows)
-        grid: Tensor | None = None
+        after = torch.zeros(len(inputs.lengths), device=self.device)
         with self._autocast():
             if known is None:
                 logprobs, entropy, hidden = self._logprobs(self.top, self.model, rows, states)
-                grid = self._values(hidden, rows, states).float()
             else:
-                logprobs, entropy = known, torch.full_like(known, math.nan)
-                if last_values or inputs.final_states is None or self.critic_body is not None:
-                    grid = self._values_alone(rows, states).float()
+                logprobs, entropy, hidden = known, torch.full_like(known, math.nan), None
             with self.reference_weights():
                 ref_logprobs, _, _ = self._logprobs(self.reference_top, self._reference_model(), rows, states)
-        if grid is not None:
-            values = grid[rows.rows, rows.columns]
-        else:
-            assert inputs.final_states is not None
-            values = self.value_network(inputs.final_states.float())[..., 0]
-        after = values.new_zeros(len(inputs.lengths))
-        if last_values:
-            assert grid is not None
-            after = grid[torch.arange(len(rows.lengths), device=grid.device), rows.lengths - 1]
+            if known is None or final_states is None or last_values or self.critic_body is not None:
+                grid = self._values(hidden, rows, states).float()
+                values = grid[rows.rows, rows.columns]
+                if last_values:
+                    after = grid[torch.arange(len(rows.lengths), device=grid.device), rows.lengths - 1]
+            else:
+                values = self.value_network(final_states.float())[..., 0].float()
         return PolicyOutput(logprobs=logprobs, entropy=entropy, values=values), ref_logprobs, after
 
-    def _values_alone(self, rows: Any, states: Tensor | None) -> Tensor:
-        """`[B, L]` values without the policy's log-probabilities."""
-        needs_policy = self.critic_body is None
-        hidden = self._final(rows, states) if needs_policy else torch.empty(0, device=self.device)
-        return self._values(hidden, rows, states)
-
-    def _final(self, rows: Any, states: Tensor | None) -> Tensor:
-        """`[B, L, H]` the policy's final hidden states."""
-        return self._hidden(self.top, rows, states)
-
     @torch.no_grad()
-    def logprobs(self, inputs: TokenInputs) -> tuple[Tensor, Tensor]:
-        """`(logprobs [n], entropy [n])` of the decisions, without values and reference."""
-        rows = self._rows(inputs)
-        with self._autocast():
-            return self._logprobs(self.top, self.model, rows, self.trunk_states(rows))[:2]
-
-    @torch.no_grad()
-    def reference_logprobs(self, inputs: TokenInputs) -> Tensor:
-        """`[n]` the reference's log-probabilities of the decisions."""
+    def logprobs(self, inputs: TokenInputs, *, reference: bool = False) -> Tensor:
+        """`[n]` log-probabilities of the decisions alone, by the policy or by the reference."""
         rows = self._rows(inputs)
         states = self.trunk_states(rows)
-        with self._autocast(), self.reference_weights():
-            return self._logprobs(self.reference_top, self._reference_model(), rows, states)[0]
+        with self._autocast():
+            if not reference:
+                return self._logprobs(self.top, self.model, rows, states)[0]
+            with self.reference_weights():
+                return self._logprobs(self.reference_top, self._reference_model(), rows, states)[0]
 
     def reference_weights(self) -> AbstractContextManager[Any]:
         """Inside, the model is the reference: adapters are off (LoRA); otherwise the reference has its own top."""

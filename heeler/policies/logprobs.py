@@ -105,15 +105,15 @@ class _TokenLogprobs(torch.autograd.Function):
         for start in range(0, hidden.shape[0], ctx.chunk):
             rows = slice(start, min(start + ctx.chunk, hidden.shape[0]))
             if kept is not None:
-                slope = kept[start // ctx.chunk] * -grad_logprobs[rows, None]
-                slope.scatter_add_(1, tokens[rows, None], grad_logprobs[rows, None])
+                p, log_ratio = kept[start // ctx.chunk], None
             else:
                 logits = _logits(hidden[rows], weight, bias, ctx.temperature)
                 lse, p, h = _softmax_parts(logits)
-                slope = p * -grad_logprobs[rows, None]
-                slope.scatter_add_(1, tokens[rows, None], grad_logprobs[rows, None])
-                if ctx.entropy_gradient:
-                    slope.addcmul_(p.mul_(-grad_entropy[rows, None]), logits.sub_((lse - h)[:, None]))
+                log_ratio = logits.sub_((lse - h)[:, None]) if ctx.entropy_gradient else None  # log p + H
+            slope = p * -grad_logprobs[rows, None]
+            slope.scatter_add_(1, tokens[rows, None], grad_logprobs[rows, None])
+            if log_ratio is not None:
+                slope.addcmul_(p.mul_(-grad_entropy[rows, None]), log_ratio)
             slope = (slope / ctx.temperature).to(weight.dtype)
             grad_hidden[rows] = torch.matmul(slope, weight).to(hidden.dtype)
             grad_weight.addmm_(slope.t(), hidden[rows].to(weight.dtype))

@@ -21,7 +21,7 @@ from heeler.data.prompts import PromptSet
 from heeler.envs.text import CheckedEnvironment, EnvironmentFactory
 from heeler.policies.inputs import TokenInputs
 from heeler.rollout.engines.draws import draw_seed
-from heeler.rollout.text import TextCollector, decode, joined
+from heeler.rollout.text import TextCollector, decode, final_states
 from heeler.types import CheckFailed, Completion, Engine, HeelerError, Reduce, Request, Rollout, Sampling
 
 
@@ -215,7 +215,6 @@ def pack_episodes(episodes: Sequence[Episode], device: torch.device) -> tuple[To
         lengths=torch.tensor(lengths, device=device),
         is_decision=torch.tensor(is_decision, device=device),
         trunk_states=torch.cat(states).to(device) if states else None,
-        final_states=joined([turn.completion.final_states for e in episodes for turn in e.turns], device),
     )
     return inputs, torch.tensor(rewards, dtype=torch.float32, device=device)
 
@@ -239,6 +238,7 @@ def dialogue_rollout(
         offsets=torch.cat([inputs.lengths.new_zeros(1), inputs.decision_counts.cumsum(0)]),
         actions=inputs.tokens[inputs.is_decision],
         behavior_logprobs=torch.cat([c.logprobs for c in completions]).to(device),
+        final_states=final_states(completions, device),
         policy_versions=torch.tensor([c.version for c in completions for _ in c.tokens], device=device),
         terminated=torch.tensor([e.terminated for e in episodes], device=device),
         truncated=torch.tensor([e.truncated for e in episodes], device=device),

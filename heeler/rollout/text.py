@@ -120,6 +120,7 @@ def sample_rollout(
         prompts=[prompts.prompts[i] for i in indices],
         completions=texts,
         columns={name: [column[i] for i in indices] for name, column in prompts.columns.items()},
+        final_states=final_states(completions, device),
     )
 
 
@@ -171,11 +172,10 @@ def pack(prompts: Sequence[Sequence[int]], completions: Sequence[Completion], de
         lengths=torch.tensor(lengths, device=device),
         is_decision=torch.cat(is_decision).to(device),
         trunk_states=torch.cat(states).to(device) if states else None,
-        final_states=joined([c.final_states for c in completions], device),
     )
 
 
-def joined(parts: Sequence[Tensor | None], device: torch.device) -> Tensor | None:
-    """The tensors behind one another, or None where one is missing."""
-    known = [part for part in parts if part is not None]
-    return torch.cat(known).to(device) if known and len(known) == len(parts) else None
+def final_states(completions: Sequence[Completion], device: torch.device) -> Tensor | None:
+    """`[N, H]` of all completions behind one another, or None where the engine kept none."""
+    kept = [c.final_states for c in completions if c.final_states is not None]
+    return torch.cat(kept).to(device) if kept else None

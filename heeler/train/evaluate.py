@@ -98,7 +98,7 @@ def evaluate_text(
             logprobs = output.logprobs
         else:
             logprobs = engine_logprobs[decision_indices(items, inputs.decision_counts)]
-            ref_logprobs = policy.reference_logprobs(part)
+            ref_logprobs = policy.logprobs(part, reference=True)
         kl += float((logprobs - ref_logprobs).double().sum())
         nll -= float(ref_logprobs.double().sum())
     shown = scored.components.get("probability", scored.scores)

@@ -72,14 +72,13 @@ def make_score(run: TextRun) -> Callable[[Rollout, TrainState], tuple[ScoredRoll
                 inputs.select(items),
                 last_values=bootstrapping,
                 known=rollout.behavior_logprobs[indices] if run.trusts_engine else None,
+                final_states=None if rollout.final_states is None else rollout.final_states[indices],
             )
             old[indices], values[indices], ref[indices] = said.logprobs, said.values, ref_logprobs
             after[items] = last
 
-        gap = rollout.behavior_logprobs - old
-        if run.trusts_engine:
-            gap = probe(policy, inputs, rollout.behavior_logprobs)
-        gap = gap.abs()
+        behavior = rollout.behavior_logprobs
+        gap = (probe(policy, inputs, behavior) if run.trusts_engine else behavior - old).abs()
         kl = kl_estimate(old, ref, config.kl_estimator)
         sequence_kl = segment_sums(kl_estimate(old, ref, "k1"), rollout.offsets)
         check_paths(gap, old - ref, state.step, tolerance)
@@ -119,19 +118,17 @@ def make_score(run: TextRun) -> Callable[[Rollout, TrainState], tuple[ScoredRoll
     return score
 
 
-@torch.no_grad()
 def probe(policy: LanguageModelPolicy, inputs: TokenInputs, logprobs: torch.Tensor) -> torch.Tensor:
     """The engine's less the trainer's log-probabilities of the decisions of a few sequences."""
     count = len(inputs.lengths)
     probed = min(PROBED, -(-count // 8))
     items = torch.linspace(0, count - 1, probed, device=inputs.lengths.device).long()
-    said, _ = policy.logprobs(inputs.select(items))
-    return logprobs[decision_indices(items, inputs.decision_counts)] - said
+    return logprobs[decision_indices(items, inputs.decision_counts)] - policy.logprobs(inputs.select(items))
 
 
 def check_paths(gap: torch.Tensor, from_reference: torch.Tensor, step: int, tolerance: float) -> None:
     """Engine against trainer (every rollout is the probe of the publish before it), and policy against reference."""
-    if not bool(torch.isfinite(gap).all()):
+    if not bool(torch.isfinite(gap).all() and torch.isfinite(from_reference).all()):
         raise CheckFailed(
             "a log-probability is not finite: the model's weights or logits hold NaN; lower the learning rate"
         )

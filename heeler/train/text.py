@@ -160,7 +160,11 @@ class TextRun(Run):
     prompts: PromptSet | None
     eval_prompts: PromptSet | None
     score_moments: RunningMoments = field(default_factory=RunningMoments)
-    trusts_engine: bool = False  # its log-probabilities are the old policy's
+
+    @property
+    def trusts_engine(self) -> bool:
+        """Whether the engine's log-probabilities are taken for the old policy's."""
+        return takes_engine_logprobs(self.config, self.policy.precision)
 
     def collector(self) -> TextCollector:
         config = self.config
@@ -359,9 +363,6 @@ def build_text_run(
         "token_bias": bias,
         "tokenizer": tokenizer,
     }
-    trusts_engine = config.old_logprobs == "engine" or (
-        config.old_logprobs == "auto" and config.engine == "native" and precision == "fp32"
-    )
     if seq2seq and config.engine != "native":
         raise HeelerError(f"the {config.engine} engine samples causal models only: leave --engine native")
     engine: Engine
@@ -373,8 +374,8 @@ def build_text_run(
         case "native":
             if keep_states:
                 options["trunk_layers"] = policy.num_trunk_layers
-            if trusts_engine and not seq2seq and isinstance(config.critic, ValueHead):
-                options["final_states"] = config.truncation != "bootstrap"
+            if takes_engine_logprobs(config, precision) and not seq2seq and isinstance(config.critic, ValueHead):
+                options["final_states"] = config.truncation != "bootstrap"  # which wants a state more
             engine = native_engine(policy.engine_model, **options, share_prompts=config.share_prompts)
     if precision == "bf16":
         config = replace(config, ppo=replace(config.ppo, ratio_tolerance=max(config.ppo.ratio_tolerance, 0.05)))
@@ -403,8 +404,14 @@ def build_text_run(
             notes.append(f"{both} of the evaluation prompts are trained on too: figures on them are not held out")
     return TextRun(
         config=config, tokenizer=tokenizer, policy=policy, engine=engine, reward=scorer, judges=judges,
-        prompts=loaded, eval_prompts=loaded_eval, state=state, notes=notes, trusts_engine=trusts_engine,
+        prompts=loaded, eval_prompts=loaded_eval, state=state, notes=notes,
     )  # fmt: skip
+
+
+def takes_engine_logprobs(config: TextConfig, precision: str) -> bool:
+    """What `old_logprobs` comes to in this precision."""
+    agree = config.engine == "native" and precision == "fp32"
+    return config.old_logprobs == "engine" or (config.old_logprobs == "auto" and agree)
 
 
 def _describe(trainable: Trainable) -> str:

@@ -132,20 +132,19 @@ def test_known_logprobs_save_a_pass_and_change_nothing(tiny_llama: str, way: Tra
     rows = inputs.padded()
     with torch.no_grad():
         final = policy.model.base_model(input_ids=rows.ids, use_cache=False).last_hidden_state
-    given = replace(inputs, final_states=final[rows.rows, rows.columns])
+    given = final[rows.rows, rows.columns]
     for last_values in (False, True):
         full, ref_logprobs, after = policy.score(inputs, last_values=last_values)
-        for told in (inputs, given):
-            output, known_ref, known_after = policy.score(told, last_values=last_values, known=full.logprobs)
+        for states in (None, given):
+            output, known_ref, known_after = policy.score(
+                inputs, last_values=last_values, known=full.logprobs, final_states=states
+            )
             assert torch.equal(output.logprobs, full.logprobs) and torch.equal(known_ref, ref_logprobs)
             torch.testing.assert_close(output.values, full.values, atol=1e-5, rtol=1e-4)
             torch.testing.assert_close(known_after, after, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(policy.reference_logprobs(inputs), policy.score(inputs)[1])
-    torch.testing.assert_close(policy.logprobs(inputs)[0], policy.score(inputs)[0].logprobs)
-    part = given.select(torch.tensor([2, 0]))
-    alone = [policy.score(given.select(torch.tensor([i])))[0].logprobs for i in (2, 0)]
-    output, _, _ = policy.score(part, known=torch.cat(alone))
-    torch.testing.assert_close(output.values, policy.score(part)[0].values, atol=1e-5, rtol=1e-4)
+    output, ref_logprobs, _ = policy.score(inputs)
+    torch.testing.assert_close(policy.logprobs(inputs), output.logprobs)
+    torch.testing.assert_close(policy.logprobs(inputs, reference=True), ref_logprobs)
 
 
 def test_values_start_at_zero(tiny_llama: str) -> None:

@@ -17,7 +17,7 @@ from heeler.rollout.engines.draws import draw_seed, sample
 from heeler.rollout.engines.hf import HFEngine
 from heeler.rollout.engines.native import NativeEngine
 from heeler.rollout.engines.packing import can_pack
-from heeler.rollout.text import pack, prompts_of_update
+from heeler.rollout.text import final_states, pack, prompts_of_update
 from heeler.types import Completion, HeelerError, Request, Sampling
 from tests.tiny import ARCHITECTURES, save_tiny_model
 
@@ -79,7 +79,8 @@ def test_logprobs_and_states_equal_the_trainers(tiny_llama: str) -> None:
     for row, length in enumerate(rows.lengths.tolist()):
         torch.testing.assert_close(rows.states[row, :length], states[row, :length], atol=1e-4, rtol=1e-4)
     final = policy.model.base_model(input_ids=rows.ids, use_cache=False).last_hidden_state.detach()
-    torch.testing.assert_close(kept.final_states, final[rows.rows, rows.columns], atol=1e-4, rtol=1e-4)
+    drawn_from = final_states(completions, policy.device)
+    torch.testing.assert_close(drawn_from, final[rows.rows, rows.columns], atol=1e-4, rtol=1e-4)
 
 
 def test_finished_rows_leave_the_batch(tiny_llama: str) -> None:

@@ -120,8 +120,8 @@ def test_ppo_resume_equals_uninterrupted(model: str, tmp_path: Path) -> None:
         assert torch.equal(tensor, resumed.policy.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("truncation", ["terminal", "bootstrap"])
-def test_micro_batches_and_truncation(tmp_path: Path, truncation: Any) -> None:
+@pytest.mark.parametrize(("truncation", "source"), [("terminal", "auto"), ("bootstrap", "trainer")])
+def test_micro_batches_and_truncation(tmp_path: Path, truncation: Any, source: Any) -> None:
     """Padding beside other sequences changes nothing in a run, whatever a cut completion means.
 
     With bootstrap every score is withheld here, so the advantages are 0: by the trainer's own log-probabilities
@@ -130,7 +130,7 @@ def test_micro_batches_and_truncation(tmp_path: Path, truncation: Any) -> None:
     path = save_tiny_seq2seq(tmp_path / "model", std=0.1)
     for name, budget in (("one", 10_000), ("many", 20)):
         ppo = PPOConfig(epochs=2, minibatches=2, token_budget=budget)
-        config = small_ppo(path, tmp_path / name, updates=2, ppo=ppo, truncation=truncation, old_logprobs="trainer")
+        config = small_ppo(path, tmp_path / name, updates=2, ppo=ppo, truncation=truncation, old_logprobs=source)
         train_text(config, prompts=PROMPTS, reward=vowels, show=False)
     for a, b in zip(numbers(tmp_path / "one"), numbers(tmp_path / "many"), strict=True):
         assert a.keys() == b.keys()

@@ -213,7 +213,7 @@ def test_ctrl_c_saves_and_says_how_to_resume(tiny_llama: str, tmp_path: Path) ->
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the policy's passes without gradient, as they come."""
     seen: list[str] = []
-    for method in ("_logprobs", "_values_alone"):
+    for method in ("_logprobs", "_values"):
         original = getattr(LanguageModelPolicy, method)
 
         def counted(*args: Any, _original: Any = original, _method: str = method) -> Any:
@@ -237,7 +237,7 @@ def test_the_engines_logprobs_are_the_trainers(
         train_text(config, prompts=PROMPTS, reward=vowels, show=False)
         # in each of 4 updates: the reference; and the probe, or all that the trainer computes itself
         assert passes.count("_logprobs") == 8
-        assert passes.count("_values_alone") == (4 if name != "trainer" and isinstance(critic, SeparateCritic) else 0)
+        assert passes.count("_values") == (4 if name == "trainer" or isinstance(critic, SeparateCritic) else 0)
         resolved = json.loads((tmp_path / name / "config.json").read_text())["resolved"]
         assert resolved["old_logprobs"] == ("trainer" if name == "trainer" else "engine")
     assert numbers(tmp_path / "auto") == numbers(tmp_path / "engine")

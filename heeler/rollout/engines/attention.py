@@ -16,7 +16,6 @@ first of their tokens are left out:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ def grouped_attention(
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     batch, heads, length, width = query.shape
-    groups = key.shape[1]
+    groups = key.shape[1]  # heads of the keys
     plain = options.get("position_bias") is None and not options.get("dropout")
     parts = row_parts(attention_mask, key.shape[2]) if length == 1 and plain else None
     short = attention_mask is None and key.shape[2] < SHORT
@@ -63,33 +62,31 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, opti
     )
 
 
-@dataclass
-class _Seen:
-    """The parts of the last mask: all layers of a forward pass get the same one."""
-
-    mask: Tensor | None = None
-    parts: list[tuple[slice, slice]] | None = None
+Parts = list[tuple[slice, slice]]
+_last: tuple[Tensor | None, Parts | None] = (None, None)  # the last mask and its parts: all layers get the same mask
 
 
-_last = _Seen()
-
-
-def row_parts(mask: Tensor | None, columns: int) -> list[tuple[slice, slice]] | None:
+def row_parts(mask: Tensor | None, columns: int) -> Parts | None:
     """`(rows, columns that they need)` of a mask `[B, 1, 1, n]` that begins with hidden columns.
 
     None where there is nothing to leave out: on a GPU, where few columns are read, or where less than a tenth goes.
     """
-    if mask is None or mask.dtype != torch.bool or mask.device.type != "cpu" or columns < SHORT or len(mask) <= ROWS:
+    global _last
+    if mask is None or mask.dtype != torch.bool or mask.shape[1] != 1 or mask.device.type != "cpu":
         return None
-    if _last.mask is not mask:
+    if columns < SHORT or len(mask) <= ROWS:
+        return None
+    seen, parts = _last  # taken at once: another thread may sample too
+    if seen is not mask:
         starts = mask[:, 0, 0].int().argmax(1)  # the first column that each row sees
         parts = [
             (slice(row, min(row + ROWS, len(mask))), slice(int(starts[row : row + ROWS].min()), None))
             for row in range(0, len(mask), ROWS)
         ]
         needed = sum((rows.stop - rows.start) * (columns - kept.start) for rows, kept in parts)
-        _last.mask, _last.parts = mask, parts if needed < 0.9 * len(mask) * columns else None
-    return _last.parts
+        parts = parts if needed < 0.9 * len(mask) * columns else None
+        _last = mask, parts
+    return parts
 
 
 def use_grouped_attention(model: Any) -> None:

@@ -116,7 +116,8 @@ class NativeEngine(BatchEngine):
             found[1][trunk_layers - 1].register_forward_hook(partial(self._capture, "trunk"))
 
     def _capture(self, name: str, module: Any, args: Any, output: Any) -> None:
-        self._captured[name] = output if isinstance(output, Tensor) else output[0]
+        states = output if isinstance(output, Tensor) else output[0]
+        self._captured[name] = states[:, -1:] if name == "final" else states
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
@@ -182,7 +183,7 @@ class NativeEngine(BatchEngine):
         logits = self._forward(pool)
         for name, states in self._states():
             for row, owner in zip(chosen, owners.tolist(), strict=True):
-                begin = -1 if name == "final" else int(first[owner])
+                begin = 0 if name == "final" else int(first[owner])
                 getattr(kept[row], name).append(states[owner, begin:])
         if len(prompts) < len(chosen):  # from here on every request has a row
             logits, pool.positions, pool.mask = logits[of], positions[of], mask[of]
