@@ -106,8 +106,11 @@ def floors(case: Case, vocabulary: int, rate: float, bandwidth: float) -> dict[s
     }
 
 
-def machine(torch: Any, dtype: Any = None) -> tuple[float, float]:
-    """`(operations a second of a large product, bytes a second of a large copy)`."""
+def machine(precision: str = "fp32") -> tuple[float, float]:
+    """`(operations a second of a large product in that precision, bytes a second of a large copy)`."""
+    import torch
+
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = torch.ones(2048, 1536, dtype=dtype), torch.ones(1536, 2048, dtype=dtype)
     source, target = torch.ones(64 << 20), torch.ones(64 << 20)
     product, copied = float("inf"), float("inf")
@@ -155,7 +158,7 @@ def measure(case: Case, threads: int) -> dict[str, float]:
         run.state, run.collector(), run.score(), two, LocalReduce(), lambda r: bool(seen.append(r.metrics)) or True
     )
     peak = peak_memory_gib()  # before the copy of `machine`
-    rate, bandwidth = machine(torch)
+    rate, bandwidth = machine()
     return {
         "peak": peak, "rate": rate, "bandwidth": bandwidth,
         **{stage: seen[1][f"time/{stage}"] for stage in STAGES},

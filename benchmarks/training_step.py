@@ -1,6 +1,6 @@
 """Forward and backward pass of a 135M language model over one batch: Heeler beside plain transformers.
 
-    python benchmarks/training_step.py [--threads 2] [--rounds 2]
+    python benchmarks/training_step.py [--threads 2] [--rounds 2] [--repeats 4]
 
 SmolLM2-135M in fp32, 64 sequences of 10 prompt tokens and 24 sampled ones, the gradient of the mean log-probability of
 the sampled tokens. Every system runs in a process of its own, and each repeats the step; the fastest counts. Only
@@ -143,7 +143,8 @@ def main() -> None:
     lines = [
         "# One training step, beside plain transformers",
         "",
-        f"Made by `python benchmarks/training_step.py --threads {given.threads} --rounds {given.rounds}`. Hardware:"
+        f"Made by `python benchmarks/training_step.py --threads {given.threads} --rounds {given.rounds}"
+        f" --repeats {given.repeats}`. Hardware:"
         f" {hardware()}. torch {torch.__version__}, fp32.",
         f"SmolLM2-135M, {ROWS} sequences of {PROMPT} + {SAMPLED} tokens, forward and backward pass; the fastest of"
         f" {given.rounds * given.repeats} steps. The last column: the norm of the difference from the gradient of",

@@ -77,14 +77,14 @@ def trl_system(rows: int, timed: int) -> System:
     return System(f"a{rows}", name, updates=WARM_UP + timed, rows=rows)
 
 
-def operations(system: System, prompt_tokens: int, tokens: float, top_layers: int, vocabulary: int) -> float:
+def operations(system: System, prompt_tokens: int, tokens: float, top_layers: int) -> float:
     """Operations of the matrix products that the algorithm needs for one update, those of attention left out.
 
     The old policy's log-probabilities come with sampling; a frozen trunk's states too. Backward passes count twice;
     an output layer that is not trained needs one product in them, not two.
     """
     shape = SHAPES["135M"]
-    whole, head = 2.0 * shape.layer_weights, 2.0 * vocabulary * shape.hidden  # of one token
+    whole, head = 2.0 * shape.layer_weights, 2.0 * VOCABULARY * shape.hidden  # of one token
     trained = whole if system.full else whole * top_layers / shape.layers
     fed = prompt_tokens + tokens - PROMPTS  # the last token of a sequence predicts nothing
     sampling = whole * fed + head * tokens
@@ -104,7 +104,7 @@ def prepare(job: dict[str, Any], folder: Path) -> dict[str, Any]:
 
     torch.set_num_threads(job["threads"])
     precision, _ = choose_precision("auto", "cpu")  # Heeler's; TRL runs in fp32
-    rate, _ = machine(torch, torch.bfloat16 if precision == "bf16" else torch.float32)
+    rate, _ = machine(precision)
     from heeler.data.reviews import review_openings
     from heeler.policies.loading import load_classifier, load_tokenizer
     from heeler.recipes.imdb import smollm2_folder
@@ -288,7 +288,7 @@ def table(
             theirs = timed(of[peer], "seconds")
             cells += [f"{median(theirs) / median(seconds):.1f}", f"{min(theirs) / min(seconds):.1f}"]
         needed = system if not system.rows else HEELER[0]  # TRL does what (b) does
-        work = operations(needed, results[0]["prompt_tokens"], median(tokens), top_layers, VOCABULARY)
+        work = operations(needed, results[0]["prompt_tokens"], median(tokens), top_layers)
         cells.append(f"{work / rate:.1f}")
         lines.append("| " + " | ".join(cells) + " |")
     return lines

@@ -83,13 +83,25 @@ def test_logprobs_and_states_equal_the_trainers(tiny_llama: str) -> None:
     torch.testing.assert_close(drawn_from, final[rows.rows, rows.columns], atol=1e-4, rtol=1e-4)
 
 
+def passes_of(engine: Any) -> list[tuple[int, int]]:
+    """`(rows, tokens of each)` of the model's passes, as they come."""
+    seen: list[tuple[int, int]] = []
+    forward = engine._forward
+
+    def watched(pool: Any) -> Any:
+        seen.append(tuple(pool.ids.shape))
+        return forward(pool)
+
+    engine._forward = watched
+    return seen
+
+
 def test_finished_rows_leave_the_batch(tiny_llama: str) -> None:
-    model = model_that_stops(tiny_llama)
-    sizes: list[int] = []
-    model.register_forward_pre_hook(lambda m, a, kw: sizes.append(len(kw["input_ids"])), with_kwargs=True)
     many = [Request(prompt=[3, 4 + i], seed=i) for i in range(32)]
-    NativeEngine(model, eos_ids=range(60)).generate(many, Sampling(max_new_tokens=20))
-    assert sizes[0] == 32 and sizes[-1] < 16
+    engine = NativeEngine(model_that_stops(tiny_llama), eos_ids=range(60))
+    passes = passes_of(engine)
+    engine.generate(many, Sampling(max_new_tokens=20))
+    assert passes[0][0] == 32 and passes[-1][0] < 16
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -111,14 +123,11 @@ def test_waiting_requests_take_the_rows_of_those_that_ended(
         for i, n in enumerate(lengths)
     ]
     many += [Request(prompt=many[3].prompt, seed=1), Request(prompt=tuple(many[3].prompt), seed=2)]
-    passes: list[tuple[int, int]] = []
-    policy.engine_model.register_forward_pre_hook(
-        lambda m, a, kw: passes.append(tuple(kw["input_ids"].shape)), with_kwargs=True
-    )
     engine = NativeEngine(
         policy.engine_model, eos_ids=range(25), max_rows=8, trunk_layers=policy.num_trunk_layers or None,
         final_states=True,
     )  # fmt: skip
+    passes = passes_of(engine)
     sampling = Sampling(max_new_tokens=16)
     together = engine.generate(many, sampling)
     reads = [i for i, (_, width) in enumerate(passes) if width > 1]
@@ -164,7 +173,7 @@ def test_packed_weights_sample_the_same(architecture: str, tmp_path: Path) -> No
     engine = NativeEngine(model, eos_ids=range(25), max_rows=16)
     rows = packed_rows(engine)
     same(engine.generate(many, sampling), expected)
-    assert 16 in rows and len(engine.packing.layers) >= 3 * 4 + 1  # the layers' and the output's
+    assert 16 in rows and len(engine.packing.layers) >= 3 * 4 + 1  # three layers' products and the output's
     assert all(layer.blocks is None for layer in engine.packing.layers)  # nothing is kept
 
 

@@ -32,34 +32,35 @@ def grouped_attention(
     """In the form of transformers' attention functions: `[B, 1, heads, D]` for one token, else what "sdpa" gives."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    batch, heads, length, width = query.shape
-    groups = key.shape[1]  # heads of the keys
+    heads, length = query.shape[1], query.shape[2]
     plain = options.get("position_bias") is None and not options.get("dropout")
     parts = row_parts(attention_mask, key.shape[2]) if length == 1 and plain else None
     short = attention_mask is None and key.shape[2] < SHORT
-    if length != 1 or not plain or (parts is None and (heads == groups or short)):
+    if length != 1 or not plain or (parts is None and (heads == key.shape[1] or short)):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    attended = attend(query[:, :, 0], key, value, attention_mask, parts, options.get("scaling"))
+    return attended[:, None], None
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, parts: Parts | None, scale: float | None
+) -> Tensor:
+    """`[B, heads, D]`: what each row's `query [B, heads, D]` attends to, with `row_parts` of the mask if any."""
+    batch, heads, width = query.shape
+    groups = key.shape[1]
     grouped = query.reshape(batch, groups, heads // groups, width)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
     if parts is None:
-        attended = _attend(grouped, key, value, attention_mask, options)
+        attended = sdpa(grouped, key, value, attn_mask=mask, scale=scale)
     else:
-        assert attention_mask is not None
+        assert mask is not None
         attended = query.new_empty(batch, groups, heads // groups, value.shape[-1])
         for rows, columns in parts:
-            attended[rows] = _attend(
-                grouped[rows],
-                key[rows, :, columns],
-                value[rows, :, columns],
-                attention_mask[rows, ..., columns],
-                options,
-            )
-    return attended.reshape(batch, 1, heads, value.shape[-1]), None
-
-
-def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
-    return torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=options.get("scaling")
-    )
+            attended[rows] = sdpa(
+                grouped[rows], key[rows, :, columns], value[rows, :, columns], attn_mask=mask[rows, ..., columns],
+                scale=scale,
+            )  # fmt: skip
+    return attended.reshape(batch, heads, value.shape[-1])
 
 
 Parts = list[tuple[slice, slice]]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from heeler.rollout.engines.draws import sample, uniforms
 from heeler.rollout.engines.packing import WORTH_STEPS, Packing
@@ -59,13 +59,16 @@ class BatchEngine(WeightReceiver):
         pack_weights: bool = True,
     ) -> None:
         super().__init__(model)
-        decoder = [model.get_decoder(), model.get_output_embeddings()] if model.config.is_encoder_decoder else [model]
-        self.packing = Packing(nn.ModuleList(decoder if pack_weights else []))
+        self.packing = Packing(self.layers_to_pack(model) if pack_weights else [])
         self.tokenizer, self.max_rows, self.share_prompts = tokenizer, max_rows, share_prompts
         self.device = next(model.parameters()).device
         self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long, device=self.device)
         self.token_bias = None if token_bias is None else token_bias.to(self.device)
         self.on_progress: Callable[[int], Any] | None = None
+
+    def layers_to_pack(self, model: Any) -> list[Any]:
+        """What multiplies the rows of a decoding step and can be packed."""
+        return []
 
     def prompts_of(self, requests: Sequence[Request]) -> tuple[list[tuple[int, ...]], Tensor]:
         """What is read for these requests, and `[B]` which of it is each one's prompt."""

@@ -23,6 +23,8 @@ from torch import Tensor
 from heeler.policies.splitting import full_attention, layer_list
 from heeler.rollout.engines.attention import use_grouped_attention
 from heeler.rollout.engines.batch import BatchEngine, Draws, by_length, similar_lengths
+from heeler.rollout.engines.decoder import Decoder, can_decode
+from heeler.rollout.engines.packing import packed_layers
 from heeler.rollout.engines.seq2seq import Seq2SeqEngine
 from heeler.types import Completion, HeelerError, Request, Sampling
 
@@ -101,12 +103,14 @@ class NativeEngine(BatchEngine):
     def __init__(
         self, model: Any, *, trunk_layers: int | None = None, final_states: bool = False, **options: Any
     ) -> None:
+        use_grouped_attention(model)
+        self.decoder = Decoder(model, trunk_layers) if can_decode(model) else None
         super().__init__(model, **options)
         self.buffered = full_attention(model.config)  # a cache of one column a token
         self.share_prompts = self.share_prompts and self.buffered
-        use_grouped_attention(model)
         self._captured: dict[str, Tensor] = {}
-        self.keeps_states = trunk_layers is not None
+        self._written_out = False
+        self.keeps_states, self.keeps_final = trunk_layers is not None, final_states
         if final_states:
             model.base_model.register_forward_hook(partial(self._capture, "final"))
         if trunk_layers is not None:
@@ -114,6 +118,9 @@ class NativeEngine(BatchEngine):
             if found is None or not 1 <= trunk_layers <= len(found[1]):
                 raise HeelerError(f"the engine cannot keep the states after layer {trunk_layers} of this model")
             found[1][trunk_layers - 1].register_forward_hook(partial(self._capture, "trunk"))
+
+    def layers_to_pack(self, model: Any) -> list[Any]:
+        return packed_layers(model) if self.decoder is None else self.decoder.products
 
     def _capture(self, name: str, module: Any, args: Any, output: Any) -> None:
         states = output if isinstance(output, Tensor) else output[0]
@@ -124,6 +131,7 @@ class NativeEngine(BatchEngine):
         self.check_ready()
         draws = Draws(requests, sampling, self)
         kept = [Kept() for _ in requests]
+        self._written_out = self.decoder is not None and not self._hooked()
         with self.packing:
             self._sample(requests, draws, kept)
         self._captured = {}
@@ -203,15 +211,31 @@ class NativeEngine(BatchEngine):
 
     def _forward(self, pool: Pool) -> Tensor:
         """Logits `[b, V]` after the last token."""
+        mask = pool.mask[:, : pool.end] if pool.padded else None
+        if self._written_out and pool.ids.shape[1] == 1:
+            assert self.decoder is not None
+            logits, trunk, final = self.decoder(pool.ids, pool.positions, mask, pool.cache)
+            if trunk is not None:
+                self._captured["trunk"] = trunk
+            if self.keeps_final:
+                self._captured["final"] = final
+            return logits
         output = self.model(
             input_ids=pool.ids,
-            attention_mask=pool.mask[:, : pool.end] if pool.padded else None,
+            attention_mask=mask,
             position_ids=pool.positions,
             past_key_values=pool.cache,
             use_cache=True,
             logits_to_keep=1,
         )
         return output.logits[:, -1]
+
+    def _hooked(self) -> bool:
+        """Whether somebody else looks into the model's passes or changes them: then transformers takes every step."""
+        modules = [vars(module) for module in self.model.modules()]
+        hooks = [h for m in modules for kind in ("_forward_hooks", "_forward_pre_hooks") for h in m[kind].values()]
+        own = [isinstance(h, partial) and getattr(h.func, "__func__", None) is NativeEngine._capture for h in hooks]
+        return not all(own) or any("forward" in m for m in modules)
 
     def _states(self) -> list[tuple[str, Tensor]]:
         """The states `[b, n, H]` that are kept of the last forward pass, on the host."""

@@ -8,6 +8,7 @@ Measured: docs/benchmarks/sampling_speed.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -60,22 +61,53 @@ def can_pack(weight: Tensor) -> bool:
     return has and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
-class Packing:
-    """The blocks of a model's linear layers; they live inside a `with` block at most.
+class Joined:
+    """Linear layers that read the same input: one product where their blocks are packed, else one each.
 
     Args:
-        model: whose linear layers become packed ones, in place; those that cannot be packed stay as they are.
+        layers: their outputs stand side by side, in this order.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, *layers: nn.Linear) -> None:
+        self.layers = layers
+        self.blocks: Tensor | None = None
+        self.bias: Tensor | None = None
         self.rows = 0
-        self.layers: list[_Packed] = []
-        for module in model.modules():
-            layer: Any = module
-            if type(layer) in PACKED and can_pack(layer.weight):
-                layer.__class__ = PACKED[type(layer)]
-            if isinstance(layer, _Packed):
-                self.layers.append(layer)
+        outputs = sum(layer.out_features for layer in layers)
+        self.shape = layers[0].weight.new_empty(1).expand(outputs, layers[0].in_features)  # holds no numbers
+
+    def pack(self, rows: int) -> None:
+        weight = torch.cat([layer.weight.detach() for layer in self.layers])
+        self.blocks, self.rows = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows), rows
+        biases = [layer.bias.detach() for layer in self.layers if layer.bias is not None]
+        self.bias = torch.cat(biases) if biases else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[rows, outputs of all]` from `[rows, inputs]`."""
+        if self.blocks is not None and len(x) == self.rows:
+            return torch.ops.mkl._mkl_linear(x, self.blocks, self.shape, self.bias, self.rows)
+        parts = [nn.functional.linear(x, layer.weight, layer.bias) for layer in self.layers]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def packed_layers(model: nn.Module) -> list[_Packed]:
+    """A model's linear layers, made packed ones in place; those that cannot be packed stay as they are."""
+    layers: list[_Packed] = []
+    for module in model.modules():
+        layer: Any = module
+        if type(layer) in PACKED and can_pack(layer.weight):
+            layer.__class__ = PACKED[type(layer)]
+        if isinstance(layer, _Packed):
+            layers.append(layer)
+    return layers
+
+
+class Packing:
+    """The blocks of layers that can be packed; they live inside a `with` block at most."""
+
+    def __init__(self, layers: Sequence[_Packed | Joined]) -> None:
+        self.rows = 0
+        self.layers = layers
 
     def fit(self, rows: int, steps: int) -> None:
         """Have blocks for products of `rows` rows where the `steps` to come are worth it, else none."""

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from heeler.policies.loading import decoder_start_id
 from heeler.rollout.engines.batch import BatchEngine, Draws, by_length
+from heeler.rollout.engines.packing import packed_layers
 from heeler.types import Completion, Request, Sampling
 
 
@@ -30,6 +31,9 @@ class Seq2SeqEngine(BatchEngine):
     def __init__(self, model: Any, **options: Any) -> None:
         super().__init__(model, **options)
         self.decoder_start = decoder_start_id(model)
+
+    def layers_to_pack(self, model: Any) -> list[Any]:
+        return packed_layers(nn.ModuleList([model.get_decoder(), model.get_output_embeddings()]))
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
