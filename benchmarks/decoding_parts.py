@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -24,7 +23,7 @@ import torch  # noqa: E402
 from growth import SHAPES, machine  # noqa: E402
 from pages import hardware  # noqa: E402
 
-from heeler.rollout.engines.attention import NAME, grouped_attention  # noqa: E402
+from heeler.rollout.engines.attention import attend  # noqa: E402
 from heeler.rollout.engines.packing import can_pack  # noqa: E402
 
 HIDDEN, LAYERS, INNER = SHAPES["135M"].hidden, SHAPES["135M"].layers, SHAPES["135M"].inner
@@ -52,11 +51,19 @@ def in_turns(ways: dict[str, Way], rounds: int) -> dict[str, tuple[float, float]
 
 
 def product_ways(weights: list[torch.Tensor], rows: int) -> dict[str, Way]:
-    """All products of one step with `rows` rows."""
+    """All products of one step with `rows` rows; `weights` are those of the layers in turn and the output's."""
     inputs = {width: torch.randn(rows, width) for width in (HIDDEN, INNER)}
     columns = [weight.t().contiguous() for weight in weights]
     of_mkl = [torch.ops.mkl._mkl_reorder_linear_weight(weight, rows) for weight in weights]
-    of_onednn = [torch.ops.mkldnn._reorder_linear_weight(weight.to_mkldnn(), rows) for weight in weights]
+    of_onednn = [torch.ops.mkldnn._reorder_linear_weight(weight, rows) for weight in weights]
+
+    each = len(PRODUCTS)
+    joined: list[torch.Tensor] = []
+    for first in range(0, each * LAYERS, each):
+        q, k, v, o, gate, up, down = weights[first : first + each]
+        joined += [torch.cat([q, k, v]), o, torch.cat([gate, up]), down]
+    joined.append(weights[-1])
+    of_joined = [torch.ops.mkl._mkl_reorder_linear_weight(weight, rows) for weight in joined]
 
     def plain() -> None:
         for weight in weights:
@@ -74,7 +81,14 @@ def product_ways(weights: list[torch.Tensor], rows: int) -> dict[str, Way]:
         for weight, packed in zip(weights, of_mkl, strict=True):
             torch.ops.mkl._mkl_linear(inputs[weight.shape[1]], packed, weight, None, rows)
 
-    return {"plain": plain, "weights by columns": by_columns, "packed by oneDNN": onednn, "packed by MKL": mkl}
+    def mkl_joined() -> None:
+        for weight, packed in zip(joined, of_joined, strict=True):
+            torch.ops.mkl._mkl_linear(inputs[weight.shape[1]], packed, weight, None, rows)
+
+    return {
+        "plain": plain, "weights by columns": by_columns, "packed by oneDNN": onednn, "packed by MKL": mkl,
+        "packed by MKL, same input joined (Heeler)": mkl_joined,
+    }  # fmt: skip
 
 
 def attention_ways(rows: int, columns: int) -> dict[str, Way]:
@@ -84,31 +98,23 @@ def attention_ways(rows: int, columns: int) -> dict[str, Way]:
     layers = [torch.randn(2, rows, GROUPS, columns, WIDTH, generator=generator) for _ in range(LAYERS)]
     begins = torch.arange(rows) * (columns // 2) // rows
     mask = (torch.arange(columns) >= begins[:, None])[:, None, None]
-    attend = torch.nn.functional.scaled_dot_product_attention
-    module: Any = torch.nn.Module()
-    module.num_key_value_groups, module.is_causal = HEADS // GROUPS, True
+    hidden = torch.zeros(mask.shape).masked_fill_(~mask, -torch.inf)
+    sdpa = torch.nn.functional.scaled_dot_product_attention
 
     def repeated() -> None:
         for key, value in layers:
             spread = (part.repeat_interleave(HEADS // GROUPS, 1) for part in (key, value))
-            attend(query, *spread, attn_mask=mask)
+            sdpa(query, *spread, attn_mask=mask)
 
     def by_torch() -> None:
         for key, value in layers:
-            attend(query, key, value, attn_mask=mask, enable_gqa=True)
+            sdpa(query, key, value, attn_mask=mask, enable_gqa=True)
 
     def as_queries() -> None:
         for key, value in layers:
-            attend(query.view(rows, GROUPS, HEADS // GROUPS, WIDTH), key, value, attn_mask=mask)
+            attend(query[:, :, 0], key, value, hidden, None)
 
-    def heeler() -> None:
-        for key, value in layers:
-            grouped_attention(module, query, key, value, mask)
-
-    return {
-        "keys and values repeated": repeated, "torch's grouping": by_torch, "heads as queries": as_queries,
-        f"{NAME} (hidden columns left out)": heeler,
-    }  # fmt: skip
+    return {"keys and values repeated": repeated, "torch's grouping": by_torch, "heads as queries (Heeler)": as_queries}
 
 
 def table(first: str, cases: list[tuple[str, dict[str, tuple[float, float]], list[str]]], more: list[str]) -> list[str]:

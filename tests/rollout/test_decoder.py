@@ -46,7 +46,7 @@ def random_model(family: str, *, seed: int = 0, **options: Any) -> Any:
 @pytest.mark.parametrize("packed", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize("padded", [False, True], ids=["equal", "padded"])
 def test_a_step_is_that_of_the_model(family: str, packed: bool, padded: bool) -> None:
-    """Logits, and the states after the trunk and at the end; also 150 tokens on, where hidden columns are left out."""
+    """Logits, and the states after the trunk and at the end, 150 tokens on."""
     model = random_model(family)
     step = Decoder(model, trunk_layers=2)
     rows, prompt, steps = 12, 7, 150

@@ -11,7 +11,7 @@ import torch
 
 from heeler.policies.language_model import LanguageModelPolicy, TopLayers, ValueHead
 from heeler.policies.loading import load_causal_lm
-from heeler.rollout.engines.attention import grouped_attention, row_parts
+from heeler.rollout.engines.attention import grouped_attention
 from heeler.rollout.engines.batch import PART_TOKENS, similar_lengths
 from heeler.rollout.engines.draws import draw_seed, sample
 from heeler.rollout.engines.hf import HFEngine
@@ -105,14 +105,8 @@ def test_finished_rows_leave_the_batch(tiny_llama: str) -> None:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("apart", [False, True], ids=["together", "few rows at a time"])
-def test_waiting_requests_take_the_rows_of_those_that_ended(
-    architecture: str, apart: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_waiting_requests_take_the_rows_of_those_that_ended(architecture: str, tmp_path: Path) -> None:
     """Tokens, log-probabilities and kept states are those of each request alone, whenever it joined and beside whom."""
-    if apart:
-        monkeypatch.setattr("heeler.rollout.engines.attention.SHORT", 4)
-        monkeypatch.setattr("heeler.rollout.engines.attention.ROWS", 2)
     policy = LanguageModelPolicy(
         model_that_stops(save_tiny_model(tmp_path, architecture)), trainable=TopLayers(layers=1), critic=ValueHead()
     )
@@ -232,24 +226,6 @@ def test_grouped_attention_is_that_of_transformers(columns: int, masked: bool) -
     ours, _ = grouped_attention(module, query, key, value, mask, scaling=0.3)
     theirs, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-
-
-def test_hidden_columns_are_not_read() -> None:
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    module: Any = torch.nn.Module()
-    module.num_key_value_groups, module.is_causal = 3, True
-    query, key, value = torch.randn(21, 6, 1, 8), torch.randn(21, 2, 300, 8), torch.randn(21, 2, 300, 8)
-    starts = torch.tensor([290, 280, 299, 250, 240, 230, 255, 260] + [10] * 8 + [150, 0, 299, 200, 210])
-    mask = (torch.arange(300) >= starts[:, None])[:, None, None]
-    assert row_parts(mask, 300) == [(slice(0, 8), slice(230, None)), (slice(8, 16), slice(10, None)),
-                                    (slice(16, 21), slice(0, None))]  # fmt: skip
-    theirs, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
-    key[:8, :, :230], key[8:16, :, :10] = torch.nan, torch.nan  # what is read there would show
-    ours, _ = grouped_attention(module, query, key, value, mask, scaling=0.3)
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
-    assert row_parts(mask, 100) is None  # short rows are not worth it
-    assert row_parts(torch.ones_like(mask), 300) is None
 
 
 def test_prompts_of_similar_lengths_are_read_together() -> None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from heeler.policies.splitting import full_attention
-from heeler.rollout.engines.attention import NAME, attend, row_parts
+from heeler.rollout.engines.attention import NAME, attend
 from heeler.rollout.engines.packing import Joined
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -84,14 +84,15 @@ class Decoder:
         """
         x = self.embedding(ids[:, 0])
         cos, sin = self.rotary(x[:, None], positions)
-        seen = None if mask is None else mask.bool()[:, None, None]
-        parts = row_parts(seen, seen.shape[-1]) if seen is not None else None
+        hidden: Tensor | None = None  # added to the attention's logits
+        if mask is not None:
+            hidden = x.new_zeros(mask.shape).masked_fill_(mask == 0, -torch.inf)[:, None, None]
         trunk: Tensor | None = None
         for number, (layer, kept) in enumerate(zip(self.layers, cache.layers, strict=True)):
             spoken = layer.read(_norm(layer.before_attention, x)).view(len(x), -1, self.width)
             turned = self._turned(layer, spoken[:, : self.heads + self.groups], cos, sin)
             keys, values = kept.update(turned[:, self.heads :, None], spoken[:, self.heads + self.groups :, None])
-            attended = attend(turned[:, : self.heads], keys, values, seen, parts, self.scale)
+            attended = attend(turned[:, : self.heads], keys, values, hidden, self.scale)
             x = layer.attended(attended.flatten(1)).add_(x)
             gate, up = layer.gate_up(_norm(layer.before_mlp, x)).chunk(2, dim=-1)
             x = layer.down(layer.act(gate).mul_(up)).add_(x)

@@ -77,7 +77,8 @@ class Joined:
         self.shape = layers[0].weight.new_empty(1).expand(outputs, layers[0].in_features)  # holds no numbers
 
     def pack(self, rows: int) -> None:
-        weight = torch.cat([layer.weight.detach() for layer in self.layers])
+        weights = [layer.weight.detach() for layer in self.layers]
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0].contiguous()
         self.blocks, self.rows = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows), rows
         biases = [layer.bias.detach() for layer in self.layers if layer.bias is not None]
         self.bias = torch.cat(biases) if biases else None
