@@ -62,6 +62,7 @@ benchmark: $(STAMP)
 	$(BIN)/python benchmarks/update_speed.py
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/sampling_speed.py
+	$(BIN)/python benchmarks/decoding_parts.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/control_speed.py
 

@@ -178,4 +178,4 @@ def pack(prompts: Sequence[Sequence[int]], completions: Sequence[Completion], de
 def final_states(completions: Sequence[Completion], device: torch.device) -> Tensor | None:
     """`[N, H]` of all completions behind one another, or None where the engine kept none."""
     kept = [c.final_states for c in completions if c.final_states is not None]
-    return torch.cat(kept).to(device) if kept else None
+    return torch.cat(kept).to(device) if kept and len(kept) == len(completions) else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -78,7 +79,10 @@ def make_score(run: TextRun) -> Callable[[Rollout, TrainState], tuple[ScoredRoll
             after[items] = last
 
         behavior = rollout.behavior_logprobs
-        gap = (probe(policy, inputs, behavior) if run.trusts_engine else behavior - old).abs()
+        gaps = [] if run.trusts_engine else [behavior - old]
+        if run.trusts_engine or inputs.trunk_states is not None:  # which are the engine's too
+            gaps.append(probe(policy, inputs, behavior))
+        gap = max((gap.abs() for gap in gaps), key=lambda gap: float(gap.mean().nan_to_num(torch.inf)))
         kl = kl_estimate(old, ref, config.kl_estimator)
         sequence_kl = segment_sums(kl_estimate(old, ref, "k1"), rollout.offsets)
         check_paths(gap, old - ref, state.step, tolerance)
@@ -119,11 +123,12 @@ def make_score(run: TextRun) -> Callable[[Rollout, TrainState], tuple[ScoredRoll
 
 
 def probe(policy: LanguageModelPolicy, inputs: TokenInputs, logprobs: torch.Tensor) -> torch.Tensor:
-    """The engine's less the trainer's log-probabilities of the decisions of a few sequences."""
+    """The engine's less the trainer's log-probabilities of a few sequences' decisions, computed from the tokens."""
     count = len(inputs.lengths)
     probed = min(PROBED, -(-count // 8))
     items = torch.linspace(0, count - 1, probed, device=inputs.lengths.device).long()
-    return logprobs[decision_indices(items, inputs.decision_counts)] - policy.logprobs(inputs.select(items))
+    alone = replace(inputs.select(items), trunk_states=None)
+    return logprobs[decision_indices(items, inputs.decision_counts)] - policy.logprobs(alone)
 
 
 def check_paths(gap: torch.Tensor, from_reference: torch.Tensor, step: int, tolerance: float) -> None:

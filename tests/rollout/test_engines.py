@@ -185,8 +185,10 @@ def test_packed_rows_leave_together_and_are_packed_anew(tiny_llama: str) -> None
 
 
 @needs_mkl
-def test_blocks_of_an_interrupted_run_are_not_used_again(tiny_llama: str) -> None:
-    engine = NativeEngine(load_causal_lm(tiny_llama), eos_ids=[])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_blocks_of_an_interrupted_run_are_not_used_again(architecture: str, tmp_path: Path) -> None:
+    path = save_tiny_model(tmp_path, architecture)
+    engine = NativeEngine(load_causal_lm(path), eos_ids=[])
     rows = packed_rows(engine)
     many = [Request(prompt=[3, 4 + i], seed=i) for i in range(4)]
     steps = 0
@@ -206,7 +208,7 @@ def test_blocks_of_an_interrupted_run_are_not_used_again(tiny_llama: str) -> Non
     generator = torch.Generator().manual_seed(3)
     engine.load([(n, torch.randn(p.shape, generator=generator)) for n, p in engine.model.named_parameters()])
     engine.commit(1)
-    fresh = NativeEngine(load_causal_lm(tiny_llama), eos_ids=[], pack_weights=False)
+    fresh = NativeEngine(load_causal_lm(path), eos_ids=[], pack_weights=False)
     fresh.begin()
     fresh.load(engine.model.named_parameters())
     fresh.commit(1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -235,8 +236,10 @@ def test_the_engines_logprobs_are_the_trainers(
         passes.clear()
         config = small(tiny_llama, tmp_path / name, trainable=trainable, critic=critic, old_logprobs=name)
         train_text(config, prompts=PROMPTS, reward=vowels, show=False)
-        # in each of 4 updates: the reference; and the probe, or all that the trainer computes itself
-        assert passes.count("_logprobs") == 8
+        # in each of 4 updates: the reference; what the trainer computes itself; and the probe, unless the trainer
+        # has computed everything from the tokens
+        whole = name == "trainer" and isinstance(trainable, Full)
+        assert passes.count("_logprobs") == 4 * (1 + (name == "trainer") + (not whole))
         assert passes.count("_values") == (4 if name == "trainer" or isinstance(critic, SeparateCritic) else 0)
         resolved = json.loads((tmp_path / name / "config.json").read_text())["resolved"]
         assert resolved["old_logprobs"] == ("trainer" if name == "trainer" else "engine")
@@ -252,6 +255,26 @@ def test_a_stale_engine_stops_the_run(tiny_llama: str, tmp_path: Path, monkeypat
     monkeypatch.setattr(WeightReceiver, "load", lambda self, bucket: None)
     with pytest.raises(CheckFailed, match="engine and trainer differ"):
         train_text(small(tiny_llama, tmp_path / "run"), prompts=PROMPTS, reward=vowels, show=False)
+
+
+@pytest.mark.parametrize("source", ["engine", "trainer"])
+def test_an_engine_with_another_trunk_stops_the_run(
+    tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
+) -> None:
+    """The trainer takes the trunk's states from the engine, so policy and reference would both be wrong alike."""
+    from heeler.rollout.engines.decoder import Decoder
+
+    original = Decoder.__init__
+
+    def off(self: Any, *args: Any) -> None:
+        original(self, *args)
+        down = self.layers[0].down
+        self.layers[0] = replace(self.layers[0], down=lambda x: down(x) + 1.0)
+
+    monkeypatch.setattr(Decoder, "__init__", off)
+    config = small(tiny_llama, tmp_path / "run", trainable=TopLayers(layers=1), old_logprobs=source)
+    with pytest.raises(CheckFailed, match="engine and trainer differ"):
+        train_text(config, prompts=PROMPTS, reward=vowels, show=False)
 
 
 def test_a_reference_that_is_another_model_stops_the_run(

@@ -59,16 +59,13 @@ class BatchEngine(WeightReceiver):
         pack_weights: bool = True,
     ) -> None:
         super().__init__(model)
-        self.packing = Packing(self.layers_to_pack(model) if pack_weights else [])
+        self.pack_weights = pack_weights
+        self.packing = Packing()
         self.tokenizer, self.max_rows, self.share_prompts = tokenizer, max_rows, share_prompts
         self.device = next(model.parameters()).device
         self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long, device=self.device)
         self.token_bias = None if token_bias is None else token_bias.to(self.device)
         self.on_progress: Callable[[int], Any] | None = None
-
-    def layers_to_pack(self, model: Any) -> list[Any]:
-        """What multiplies the rows of a decoding step and can be packed."""
-        return []
 
     def prompts_of(self, requests: Sequence[Request]) -> tuple[list[tuple[int, ...]], Tensor]:
         """What is read for these requests, and `[B]` which of it is each one's prompt."""

@@ -1,7 +1,7 @@
 """One decoding step of models like Llama, written out.
 
 A step of few rows is many small operations between its matrix products, and a general framework around each of them.
-Here stand only the operations, and products that read the same input are one product:
+Here stand only the operations, and products that read the same input are one product where weights are packed:
 
     x = embedding of each row's token                                   [B, H]
     for every layer:
@@ -10,8 +10,8 @@ Here stand only the operations, and products that read the same input are one pr
         x += (act(gate) * up) @ Wd,  gate, up = norm(x) @ [Wg Wu]       one product
     logits = norm(x) @ W
 
-Prompts are read by the model itself, whose cache the step goes on writing. Other models, and those that somebody has
-hooked into, take every step through transformers.
+Prompts of more than a token are read by the model itself, whose cache the step goes on writing. Other models, and
+those that somebody has hooked into or changed, take every step through transformers.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from heeler.policies.splitting import full_attention
+from heeler.rollout.engines import packing
 from heeler.rollout.engines.attention import NAME, attend
-from heeler.rollout.engines.packing import Joined
+from heeler.rollout.engines.packing import Joined, can_pack
 
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
@@ -44,14 +45,14 @@ class Layer:
 
 
 class Decoder:
-    """The step of one model; it holds the model's layers, so new weights are read where they are.
+    """The step of one model; it holds the model's layers, so weights are read where they are.
 
     Args:
         model: a causal LM for which `can_decode` holds.
         trunk_layers: give back the hidden states after this many layers; None gives none.
 
     Attributes:
-        products: what multiplies matrices in a step, for `Packing`.
+        products: what multiplies matrices in a step and can be packed.
     """
 
     def __init__(self, model: Any, trunk_layers: int | None = None) -> None:
@@ -64,9 +65,8 @@ class Decoder:
         self.scale = base.layers[0].self_attn.scaling
         self.layers = [_layer(layer) for layer in base.layers]
         self.output = Joined(model.lm_head)
-        self.products = [
-            product for layer in self.layers for product in (layer.read, layer.attended, layer.gate_up, layer.down)
-        ] + [self.output]
+        products = [p for layer in self.layers for p in (layer.read, layer.attended, layer.gate_up, layer.down)]
+        self.products = [*products, self.output] if can_pack(model.lm_head.weight) else []
 
     def __call__(
         self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Any
@@ -136,16 +136,15 @@ def _norm(norm: Any, x: Tensor) -> Tensor:
 
 
 def can_decode(model: Any) -> bool:
-    """Whether the step is written for this model: of a known family, in plain layers, on a CPU."""
-    import transformers
-
-    if type(model) not in [getattr(transformers, name, None) for name in FAMILIES]:
+    """Whether the step is written for this model: of a known family, nothing in it exchanged, on a CPU."""
+    kind = type(model)
+    if kind.__name__ not in FAMILIES or not kind.__module__.startswith("transformers.models."):
         return False
-    weight = model.lm_head.weight
-    plain = all(type(module) is nn.Linear for module in model.modules() if isinstance(module, nn.Linear))
-    if not full_attention(model.config):
-        return False
-    layers = model.model.layers
-    complete = len(layers) == model.config.num_hidden_layers
-    linear = all(isinstance(layer.mlp.down_proj, nn.Linear) for layer in layers)
-    return plain and complete and linear and weight.device.type == "cpu" and model.config._attn_implementation == NAME
+    known = ("torch.nn.modules.", "transformers.activations", kind.__module__, packing.__name__)
+    return (
+        all(type(module).__module__.startswith(known) for module in model.modules())
+        and full_attention(model.config)
+        and len(model.model.layers) == model.config.num_hidden_layers
+        and model.config._attn_implementation == NAME
+        and model.lm_head.weight.device.type == "cpu"
+    )

@@ -104,13 +104,12 @@ class NativeEngine(BatchEngine):
         self, model: Any, *, trunk_layers: int | None = None, final_states: bool = False, **options: Any
     ) -> None:
         use_grouped_attention(model)
-        self.decoder = Decoder(model, trunk_layers) if can_decode(model) else None
         super().__init__(model, **options)
         self.buffered = full_attention(model.config)  # a cache of one column a token
         self.share_prompts = self.share_prompts and self.buffered
         self._captured: dict[str, Tensor] = {}
-        self._written_out = False
-        self.keeps_states, self.keeps_final = trunk_layers is not None, final_states
+        self.decoder: Decoder | None = None  # of the call that samples
+        self.trunk_layers, self.keeps_final = trunk_layers, final_states
         if final_states:
             model.base_model.register_forward_hook(partial(self._capture, "final"))
         if trunk_layers is not None:
@@ -119,8 +118,10 @@ class NativeEngine(BatchEngine):
                 raise HeelerError(f"the engine cannot keep the states after layer {trunk_layers} of this model")
             found[1][trunk_layers - 1].register_forward_hook(partial(self._capture, "trunk"))
 
-    def layers_to_pack(self, model: Any) -> list[Any]:
-        return packed_layers(model) if self.decoder is None else self.decoder.products
+    @property
+    def keeps_states(self) -> bool:
+        """Whether completions come with the states after the trunk."""
+        return self.trunk_layers is not None
 
     def _capture(self, name: str, module: Any, args: Any, output: Any) -> None:
         states = output if isinstance(output, Tensor) else output[0]
@@ -131,11 +132,18 @@ class NativeEngine(BatchEngine):
         self.check_ready()
         draws = Draws(requests, sampling, self)
         kept = [Kept() for _ in requests]
-        self._written_out = self.decoder is not None and not self._hooked()
+        self._choose_step()
         with self.packing:
             self._sample(requests, draws, kept)
         self._captured = {}
         return [draws.completion(row, **kept[row].states()) for row in range(len(requests))]
+
+    def _choose_step(self) -> None:
+        """Write the decoding step out where that is the model's own, as it is now."""
+        decodes = can_decode(self.model) and not self._hooked()
+        self.decoder = Decoder(self.model, self.trunk_layers) if decodes else None
+        if self.pack_weights:
+            self.packing.layers = packed_layers(self.model) if self.decoder is None else self.decoder.products
 
     def _sample(self, requests: Sequence[Request], draws: Draws, kept: list[Kept]) -> None:
         """Draw all tokens of the requests."""
@@ -212,8 +220,7 @@ class NativeEngine(BatchEngine):
     def _forward(self, pool: Pool) -> Tensor:
         """Logits `[b, V]` after the last token."""
         mask = pool.mask[:, : pool.end] if pool.padded else None
-        if self._written_out and pool.ids.shape[1] == 1:
-            assert self.decoder is not None
+        if self.decoder is not None and pool.ids.shape[1] == 1:
             logits, trunk, final = self.decoder(pool.ids, pool.positions, mask, pool.cache)
             if trunk is not None:
                 self._captured["trunk"] = trunk
@@ -235,7 +242,7 @@ class NativeEngine(BatchEngine):
         modules = [vars(module) for module in self.model.modules()]
         hooks = [h for m in modules for kind in ("_forward_hooks", "_forward_pre_hooks") for h in m[kind].values()]
         own = [isinstance(h, partial) and getattr(h.func, "__func__", None) is NativeEngine._capture for h in hooks]
-        return not all(own) or any("forward" in m for m in modules)
+        return not all(own) or any("forward" in m for m in modules) or torch.nn.modules.module._has_any_global_hook()
 
     def _states(self) -> list[tuple[str, Tensor]]:
         """The states `[b, n, H]` that are kept of the last forward pass, on the host."""

@@ -3,7 +3,7 @@
 MKL copies a weight matrix into blocks of its own at every product. With few rows that copy takes longer than the
 product. Sampling multiplies the same weights by the same number of rows at every step, so the blocks are made once,
 kept while a pool of that many rows is sampled, and dropped with it: new weights cannot meet old blocks.
-Measured: docs/benchmarks/sampling_speed.md.
+Measured: docs/benchmarks/decoding_parts.md.
 """
 
 from __future__ import annotations
@@ -74,14 +74,16 @@ class Joined:
         self.bias: Tensor | None = None
         self.rows = 0
         outputs = sum(layer.out_features for layer in layers)
-        self.shape = layers[0].weight.new_empty(1).expand(outputs, layers[0].in_features)  # holds no numbers
+        # The packed product asks a weight for its size only.
+        self.shape = layers[0].weight.new_full((1,), torch.nan).expand(outputs, layers[0].in_features)
 
     def pack(self, rows: int) -> None:
         weights = [layer.weight.detach() for layer in self.layers]
         weight = torch.cat(weights) if len(weights) > 1 else weights[0].contiguous()
         self.blocks, self.rows = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows), rows
-        biases = [layer.bias.detach() for layer in self.layers if layer.bias is not None]
-        self.bias = torch.cat(biases) if biases else None
+        biases = [layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias.detach()
+                  for layer in self.layers]  # fmt: skip
+        self.bias = torch.cat(biases) if any(layer.bias is not None for layer in self.layers) else None
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[rows, outputs of all]` from `[rows, inputs]`."""
@@ -104,11 +106,16 @@ def packed_layers(model: nn.Module) -> list[_Packed]:
 
 
 class Packing:
-    """The blocks of layers that can be packed; they live inside a `with` block at most."""
+    """The blocks of what multiplies the rows of a step; they live inside a `with` block at most.
 
-    def __init__(self, layers: Sequence[_Packed | Joined]) -> None:
+    Attributes:
+        layers: that are packed; all can be.
+        rows: for which they are packed, or 0.
+    """
+
+    def __init__(self) -> None:
+        self.layers: Sequence[_Packed | Joined] = []
         self.rows = 0
-        self.layers = layers
 
     def fit(self, rows: int, steps: int) -> None:
         """Have blocks for products of `rows` rows where the `steps` to come are worth it, else none."""

@@ -30,10 +30,9 @@ class Seq2SeqEngine(BatchEngine):
 
     def __init__(self, model: Any, **options: Any) -> None:
         super().__init__(model, **options)
+        if self.pack_weights:
+            self.packing.layers = packed_layers(nn.ModuleList([model.get_decoder(), model.get_output_embeddings()]))
         self.decoder_start = decoder_start_id(model)
-
-    def layers_to_pack(self, model: Any) -> list[Any]:
-        return packed_layers(nn.ModuleList([model.get_decoder(), model.get_output_embeddings()]))
 
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
