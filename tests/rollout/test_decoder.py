@@ -30,12 +30,10 @@ CONFIGS = {
 
 def random_model(family: str, *, seed: int = 0, **options: Any) -> Any:
     """Every weight random, biases and norms too."""
-    config = CONFIGS[family](
-        vocab_size=101, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=6,
-        num_key_value_heads=2, max_position_embeddings=512, pad_token_id=None,
-        **({"sliding_window": None} if family == "mistral" else {"head_dim": 16} if family == "qwen3" else {})
-        | options,
-    )  # fmt: skip
+    own = {"mistral": {"sliding_window": None}, "qwen3": {"head_dim": 16}}.get(family, {})
+    sizes = {"vocab_size": 101, "hidden_size": 48, "intermediate_size": 80, "max_position_embeddings": 512}
+    depth = {"num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2, "pad_token_id": None}
+    config = CONFIGS[family](**{**sizes, **depth, **own, **options})
     generator = torch.Generator().manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -96,6 +94,39 @@ def test_a_step_is_that_of_the_model(variant: str, packed: bool, padded: bool) -
     family, options = VARIANTS[variant]
     for mine, theirs in both_ways(random_model(family, **options), padded, packed, steps=150):
         torch.testing.assert_close(mine, theirs, atol=2e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("budget", [8192, 12], ids=["at once", "in parts"])
+def test_prompts_are_read_as_by_the_model(variant: str, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Logits, states, and the keys and values of every token; padding in the cache is 0."""
+    monkeypatch.setattr("heeler.rollout.engines.decoder.PASS_TOKENS", budget)
+    family, options = VARIANTS[variant]
+    model = random_model(family, **options)
+    for lengths in ([1, 2, 2, 5, 5, 5, 9, 20], [4] * 6, [6, 3, 6, 1]):
+        width = max(lengths)
+        begins = width - torch.tensor(lengths)
+        seen = torch.arange(width) >= begins[:, None]
+        positions = (torch.arange(width) - begins[:, None]).clamp(min=0)
+        ids = torch.randint(0, 101, (len(lengths), width))
+        caches = [make_cache(model.config, width + 3) for _ in range(2)]
+        theirs = model(
+            input_ids=ids, attention_mask=seen.long(), position_ids=positions, past_key_values=caches[0],
+            output_hidden_states=True,
+        )  # fmt: skip
+        mask = None if min(lengths) == width else seen.long()
+        logits, trunk, final = Decoder(model, trunk_layers=2).read(ids, positions, mask, caches[1])
+        torch.testing.assert_close(logits, theirs.logits[:, -1], atol=2e-3, rtol=1e-3)
+        torch.testing.assert_close(final, theirs.hidden_states[-1][:, -1:], atol=2e-3, rtol=1e-3)
+        assert trunk is not None
+        torch.testing.assert_close(trunk[seen], theirs.hidden_states[2][seen], atol=2e-3, rtol=1e-3)
+        for mine, other in zip(caches[1].layers, caches[0].layers, strict=True):
+            assert mine.get_seq_length() == other.get_seq_length() == width
+            for name in ("keys", "values"):
+                written, expected = (getattr(layer, name)[:, :, :width].transpose(1, 2) for layer in (mine, other))
+                torch.testing.assert_close(written[seen], expected[seen], atol=2e-3, rtol=1e-3)
+                assert not bool(written[~seen].any())
 
 
 @torch.no_grad()

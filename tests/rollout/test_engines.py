@@ -248,11 +248,14 @@ def test_prompts_of_similar_lengths_are_read_together() -> None:
 
 
 @pytest.mark.parametrize("trunk", [False, True])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_parts_of_a_batch_sample_as_each_prompt_alone(
-    tiny_llama: str, trunk: bool, monkeypatch: pytest.MonkeyPatch
+    architecture: str, tmp_path: Path, trunk: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("heeler.rollout.engines.batch.PART_TOKENS", 8)
-    policy = LanguageModelPolicy(model_that_stops(tiny_llama), trainable=TopLayers(layers=1), critic=ValueHead())
+    monkeypatch.setattr("heeler.rollout.engines.decoder.PASS_TOKENS", 8)
+    model = model_that_stops(save_tiny_model(tmp_path, architecture))
+    policy = LanguageModelPolicy(model, trainable=TopLayers(layers=1), critic=ValueHead())
     options: dict[str, Any] = {"trunk_layers": policy.num_trunk_layers} if trunk else {}
     engine = NativeEngine(policy.engine_model, eos_ids=range(25), final_states=trunk, **options)
     many = [Request(prompt=list(range(3, 3 + n)), seed=n) for n in (1, 1, 2, 3, 5, 8, 8, 13, 21, 30)]

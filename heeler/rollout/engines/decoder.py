@@ -1,4 +1,4 @@
-"""One decoding step of models like Llama, written out.
+"""Models like Llama, written out for sampling: one decoding step, and the reading of prompts.
 
 A step of few rows is many small operations between its matrix products, and a general framework around each of them.
 Here stand only the operations, and products that read the same input are one product where weights are packed:
@@ -10,23 +10,26 @@ Here stand only the operations, and products that read the same input are one pr
         x += (act(gate) * up) @ Wd,  gate, up = norm(x) @ [Wg Wu]       one product
     logits = norm(x) @ W
 
-Prompts of more than a token are read by the model itself, whose cache the step goes on writing. Other models, and
-those that somebody has hooked into or changed, take every step through transformers.
+Prompts are read in the same way, the tokens of all behind one another without padding; only their attention is each
+one's own. Other models, and those that somebody has hooked into or changed, sample through transformers.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from heeler.policies.splitting import full_attention
 from heeler.rollout.engines import packing
 from heeler.rollout.engines.attention import NAME, attend
 from heeler.rollout.engines.packing import Joined, can_pack
 
+PASS_TOKENS = 8192  # of prompts read at once, which bounds the memory
 FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
@@ -45,7 +48,7 @@ class Layer:
 
 
 class Decoder:
-    """The step of one model; it holds the model's layers, so weights are read where they are.
+    """The steps of one model; it holds the model's layers, so weights are read where they are.
 
     Args:
         model: a causal LM for which `can_decode` holds.
@@ -67,6 +70,81 @@ class Decoder:
         self.output = Joined(model.lm_head)
         products = [p for layer in self.layers for p in (layer.read, layer.attended, layer.gate_up, layer.down)]
         self.products = [*products, self.output] if can_pack(model.lm_head.weight) else []
+
+    def read(
+        self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Read prompts, the tokens of all behind one another: padding is never multiplied.
+
+        Args:
+            ids: `[B, n]` the tokens of prompts, padded on the left.
+            positions: `[B, n]` of each in its prompt.
+            mask: `[B, n]` 0 where there is padding; None where there is none.
+            cache: of buffered layers, empty.
+
+        Returns:
+            `(logits [B, V] after the last tokens, states after the trunk [B, n, H] or None, final states [B, 1, H])`.
+        """
+        count, width = ids.shape
+        real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
+        lengths = real.sum(1).tolist()
+        for kept in cache.layers:
+            kept.start(count, self.groups, width, self.embedding.weight.new_zeros(self.width))
+        hidden = self.embedding.embedding_dim
+        trunk = self.embedding.weight.new_zeros(count, width, hidden) if self.trunk_layers is not None else None
+        last: list[Tensor] = []
+        for rows in _parts(lengths):
+            states, x = self._read(ids[rows][real[rows]], positions[rows][real[rows]], lengths[rows], rows.start, cache)
+            if trunk is not None and states is not None:
+                trunk[rows][real[rows]] = states
+            last.append(x)
+        x = torch.cat(last)
+        return self.output(x), trunk, x[:, None]
+
+    def _read(
+        self, ids: Tensor, positions: Tensor, lengths: list[int], first: int, cache: Any
+    ) -> tuple[Tensor | None, Tensor]:
+        """Read prompts that lie behind one another.
+
+        Args:
+            ids, positions: `[T]` of all tokens.
+            lengths: of the `P` prompts.
+            first: row of the first prompt in the cache.
+
+        Returns:
+            `(states after the trunk [T, H] or None, final states of the last tokens [P, H])`.
+        """
+        runs: list[tuple[slice, slice, int]] = []  # rows of the cache, tokens, length: prompts of one length together
+        row, token = first, 0
+        for length, group in groupby(lengths):
+            count = len(list(group))
+            runs.append((slice(row, row + count), slice(token, token + count * length), length))
+            row, token = row + count, token + count * length
+        x = self.embedding(ids)
+        cos, sin = (part[0, :, None] for part in self.rotary(x[None], positions[None]))
+        trunk: Tensor | None = None
+        for number, (layer, kept) in enumerate(zip(self.layers, cache.layers, strict=True)):
+            spoken = layer.read.each(_norm(layer.before_attention, x))
+            queries, keys, values = (part.view(len(x), -1, self.width) for part in spoken)
+            if layer.norms is not None:
+                queries, keys = (_norm(n, part) for n, part in zip(layer.norms, (queries, keys), strict=True))
+            queries, keys = _turned(queries, cos, sin), _turned(keys, cos, sin)
+            attended = torch.empty_like(queries)
+            for rows, tokens, length in runs:
+                q, k, v = (part[tokens].unflatten(0, (-1, length)).transpose(1, 2) for part in (queries, keys, values))
+                kept.keys[rows, :, kept.length - length : kept.length] = k
+                kept.values[rows, :, kept.length - length : kept.length] = v
+                said = nn.functional.scaled_dot_product_attention(
+                    q, k, v, is_causal=True, scale=self.scale, enable_gqa=self.heads != self.groups
+                )
+                attended[tokens] = said.transpose(1, 2).flatten(0, 1)
+            x = layer.attended(attended.flatten(1)).add_(x)
+            gate, up = layer.gate_up.each(_norm(layer.before_mlp, x))
+            x = layer.down(layer.act(gate).mul_(up)).add_(x)
+            if number + 1 == self.trunk_layers:
+                trunk = x
+        ends = torch.tensor(lengths).cumsum(0) - 1
+        return trunk, _norm(self.norm, x[ends])
 
     def __call__(
         self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Any
@@ -90,7 +168,11 @@ class Decoder:
         trunk: Tensor | None = None
         for number, (layer, kept) in enumerate(zip(self.layers, cache.layers, strict=True)):
             spoken = layer.read(_norm(layer.before_attention, x)).view(len(x), -1, self.width)
-            turned = self._turned(layer, spoken[:, : self.heads + self.groups], cos, sin)
+            heads = spoken[:, : self.heads + self.groups]
+            if layer.norms is not None:
+                parts = zip(layer.norms, heads.split([self.heads, self.groups], dim=1), strict=True)
+                heads = torch.cat([_norm(norm, part) for norm, part in parts], dim=1)
+            turned = _turned(heads, cos, sin)
             keys, values = kept.update(turned[:, self.heads :, None], spoken[:, self.heads + self.groups :, None])
             attended = attend(turned[:, : self.heads], keys, values, hidden, self.scale)
             x = layer.attended(attended.flatten(1)).add_(x)
@@ -101,17 +183,25 @@ class Decoder:
         x = _norm(self.norm, x)
         return self.output(x), None if trunk is None else trunk[:, None], x[:, None]
 
-    def _turned(self, layer: Layer, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """`[B, heads + groups, D]` queries and keys, rotated by their rows' positions (`cos`, `sin` `[B, 1, D]`)."""
-        if layer.norms is not None:
-            of_queries, of_keys = layer.norms
-            queries, keys = heads[:, : self.heads], heads[:, self.heads :]
-            heads = torch.cat([_norm(of_queries, queries), _norm(of_keys, keys)], dim=1)
-        half = self.width // 2
-        turned = heads * cos
-        turned[..., :half].addcmul_(heads[..., half:], sin[..., :half], value=-1)
-        turned[..., half:].addcmul_(heads[..., :half], sin[..., half:])
-        return turned
+
+def _parts(lengths: list[int]) -> Iterator[slice]:
+    """Rows that are read in one pass: as many as have `PASS_TOKENS` tokens, at least one."""
+    start, tokens = 0, 0
+    for row, length in enumerate(lengths):
+        if row > start and tokens + length > PASS_TOKENS:
+            yield slice(start, row)
+            start, tokens = row, 0
+        tokens += length
+    yield slice(start, len(lengths))
+
+
+def _turned(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`[B, h, D]` queries or keys, rotated by their positions (`cos`, `sin` `[B, 1, D]`)."""
+    half = heads.shape[-1] // 2
+    turned = heads * cos
+    turned[..., :half].addcmul_(heads[..., half:], sin[..., :half], value=-1)
+    turned[..., half:].addcmul_(heads[..., :half], sin[..., half:])
+    return turned
 
 
 def _layer(layer: Any) -> Layer:

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _has_any_global_hook
 
 from heeler.policies.splitting import full_attention, layer_list
 from heeler.rollout.engines.attention import use_grouped_attention
@@ -169,9 +170,10 @@ class NativeEngine(BatchEngine):
                 pool.select(stay)
 
     def _read(self, chosen: list[int], requests: Sequence[Request], draws: Draws, kept: list[Kept]) -> Pool:
-        """Read the prompts of these requests, those of similar lengths together, and draw the first token of each."""
+        """Read the prompts of these requests and draw the first token of each."""
         prompts = [tuple(requests[i].prompt) for i in chosen]
-        parts = similar_lengths(prompts) if self.buffered else [slice(0, len(chosen))]
+        padded = self.decoder is None and self.buffered
+        parts = similar_lengths(prompts) if padded else [slice(0, len(chosen))]
         pool = self._read_part(chosen[parts[0]], requests, draws, kept)
         for part in parts[1:]:
             other = self._read_part(chosen[part], requests, draws, kept)
@@ -220,8 +222,9 @@ class NativeEngine(BatchEngine):
     def _forward(self, pool: Pool) -> Tensor:
         """Logits `[b, V]` after the last token."""
         mask = pool.mask[:, : pool.end] if pool.padded else None
-        if self.decoder is not None and pool.ids.shape[1] == 1:
-            logits, trunk, final = self.decoder(pool.ids, pool.positions, mask, pool.cache)
+        if self.decoder is not None:
+            take = self.decoder if pool.cache.get_seq_length() else self.decoder.read
+            logits, trunk, final = take(pool.ids, pool.positions, mask, pool.cache)
             if trunk is not None:
                 self._captured["trunk"] = trunk
             if self.keeps_final:
@@ -242,7 +245,7 @@ class NativeEngine(BatchEngine):
         modules = [vars(module) for module in self.model.modules()]
         hooks = [h for m in modules for kind in ("_forward_hooks", "_forward_pre_hooks") for h in m[kind].values()]
         own = [isinstance(h, partial) and getattr(h.func, "__func__", None) is NativeEngine._capture for h in hooks]
-        return not all(own) or any("forward" in m for m in modules) or torch.nn.modules.module._has_any_global_hook()
+        return not all(own) or any("forward" in m for m in modules) or bool(_has_any_global_hook())
 
     def _states(self) -> list[tuple[str, Tensor]]:
         """The states `[b, n, H]` that are kept of the last forward pass, on the host."""

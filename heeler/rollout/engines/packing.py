@@ -89,8 +89,12 @@ class Joined:
         """`[rows, outputs of all]` from `[rows, inputs]`."""
         if self.blocks is not None and len(x) == self.rows:
             return torch.ops.mkl._mkl_linear(x, self.blocks, self.shape, self.bias, self.rows)
-        parts = [nn.functional.linear(x, layer.weight, layer.bias) for layer in self.layers]
+        parts = self.each(x)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+    def each(self, x: Tensor) -> list[Tensor]:
+        """`[rows, outputs]` of each layer, by plain products."""
+        return [nn.functional.linear(x, layer.weight, layer.bias) for layer in self.layers]
 
 
 def packed_layers(model: nn.Module) -> list[_Packed]:
