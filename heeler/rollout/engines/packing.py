@@ -73,9 +73,9 @@ class Joined:
         self.blocks: Tensor | None = None
         self.bias: Tensor | None = None
         self.rows = 0
-        outputs = sum(layer.out_features for layer in layers)
+        self.outputs = [layer.out_features for layer in layers]
         # The packed product asks a weight for its size only.
-        self.shape = layers[0].weight.new_full((1,), torch.nan).expand(outputs, layers[0].in_features)
+        self.shape = layers[0].weight.new_full((1,), torch.nan).expand(sum(self.outputs), layers[0].in_features)
 
     def pack(self, rows: int) -> None:
         weights = [layer.weight.detach() for layer in self.layers]
@@ -93,7 +93,9 @@ class Joined:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def each(self, x: Tensor) -> list[Tensor]:
-        """`[rows, outputs]` of each layer, by plain products."""
+        """`[rows, outputs]` of each layer: views of the packed product, or plain products that nobody joins."""
+        if self.blocks is not None and len(x) == self.rows:
+            return list(self(x).split(self.outputs, dim=-1))
         return [nn.functional.linear(x, layer.weight, layer.bias) for layer in self.layers]
 
 
