@@ -27,6 +27,7 @@ from heeler.train.control import (
     resume_gym,
     train_gym,
 )
+from heeler.train.onnx import export_onnx
 from heeler.types import HeelerError
 
 PPO = PPOConfig(epochs=4, minibatches=4, max_grad_norm=0.5, token_budget=65536)
@@ -85,6 +86,7 @@ def test_pictures_are_learned(kwargs, tmp_path):
         shared=True, lr=1e-3, advantage=AdvantageConfig(gamma=0.5),
     )  # fmt: skip
     assert run.evaluate(episodes=8, deterministic=True)["reward"] > 7.5
+    export_onnx(run.policy, tmp_path / "policy.onnx")  # raises where the file says something else
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
