@@ -1,7 +1,7 @@
 """Recipes for environments: settings that were found to work, one entry a task.
 
 What is not named in an entry is `GymConfig`'s default. MuJoCo shares one entry; HalfCheetah
-and Ant begin with less noise, Swimmer looks further ahead.
+and Ant begin with less noise, Swimmer with more, and it looks further ahead: its best gait is beyond a valley.
 """
 
 from __future__ import annotations
@@ -113,6 +113,17 @@ def mujoco(id: str, gamma: float = 0.99, log_std: float = -0.5) -> GymConfig:
     )
 
 
+def swimmer() -> GymConfig:
+    entry = mujoco("Swimmer-v5", gamma=0.9999, log_std=0.0)  # with -0.5 it stays in the gait that returns about 140
+    return replace(
+        entry,
+        num_steps=512,
+        lr=6e-4,
+        advantage=replace(entry.advantage, lam=0.98),
+        ppo=replace(entry.ppo, minibatches=16),
+    )
+
+
 def atari(game: str) -> GymConfig:
     return GymConfig(
         env=EnvConfig(id=f"ALE/{game}-v5", num_envs=8, backend=Atari()),
@@ -146,7 +157,7 @@ RECIPES: dict[str, Callable[[], GymConfig]] = {
     "hopper": lambda: mujoco("Hopper-v5"),
     "walker2d": lambda: mujoco("Walker2d-v5"),
     "ant": lambda: mujoco("Ant-v5", log_std=-1.0),
-    "swimmer": lambda: mujoco("Swimmer-v5", gamma=0.9999),
+    "swimmer": swimmer,
     "pong": lambda: atari("Pong"),
     "breakout": lambda: atari("Breakout"),
 }
