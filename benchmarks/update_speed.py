@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,7 +33,6 @@ PROMPTS, WORDS, RESPONSE_TOKENS = 64, 8, 24
 LR, KL_COEF = 3e-6, 0.05  # TRL's defaults, for all: the weights and the lengths of responses hardly change
 WARM_UP = 1
 VOCABULARY = 49152
-PASS_TOKENS = 640  # about 16 sequences, as TRL's passes
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,6 @@ class System:
         separate_critic: (Heeler) a critic model of its own; else the value head.
         reward_model: (Heeler) score with a classifier of the policy's size; else with a function.
         epochs, minibatches: of an update.
-        token_budget: (Heeler) tokens of one forward and backward pass; 0 for the default, which takes all at once.
     """
 
     key: str
@@ -61,15 +59,10 @@ class System:
     reward_model: bool = False
     epochs: int = 1
     minibatches: int = 1
-    token_budget: int = 0
 
 
 HEELER = (
     System("b", "Heeler, all weights, critic and reward models of 135M", separate_critic=True, reward_model=True),
-    System(
-        "f", f"Heeler, the same as (b), {PASS_TOKENS} tokens a pass", updates=WARM_UP + 2, separate_critic=True,
-        reward_model=True, token_budget=PASS_TOKENS,
-    ),
     System("c", "Heeler, all weights, value head, reward function"),
     System("d", "Heeler, top 6 layers, value head, reward function", full=False),
     System(
@@ -187,10 +180,7 @@ def heeler_updates(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         lr=job["lr"],
         critic_lr=job["lr"],
         advantage=AdvantageConfig(gamma=1.0, lam=0.95),
-        ppo=replace(
-            PPOConfig(epochs=job["epochs"], minibatches=job["minibatches"]),
-            **({"token_budget": job["token_budget"]} if job["token_budget"] else {}),
-        ),
+        ppo=PPOConfig(epochs=job["epochs"], minibatches=job["minibatches"]),
         device="cpu",
         threads=job["threads"],
         checkpoint_every=1000,

@@ -242,13 +242,15 @@ def make_score(run: GymRun) -> Score:
         inputs: Any = rollout.inputs
         with torch.no_grad():
             if isinstance(inputs, Steps):
-                old, values = score_steps(policy, inputs, config.ppo.token_budget)
+                old, values = score_steps(policy, inputs, config.ppo.budget(policy.device))
                 needed = torch.nonzero(~rollout.terminated).squeeze(1)
                 bootstrap = torch.zeros(len(rollout.terminated), device=old.device)
                 if len(needed):
                     bootstrap[needed] = policy.parameters_and_values(pick(rollout.final_observations, needed))[1]
             else:
-                old, values, after = score_segments(policy, inputs, rollout.final_observations, config.ppo.token_budget)
+                old, values, after = score_segments(
+                    policy, inputs, rollout.final_observations, config.ppo.budget(policy.device)
+                )
                 bootstrap = torch.where(rollout.terminated, torch.zeros_like(after), after)
         if bool((rollout.policy_versions != state.step).any()):
             raise CheckFailed(f"the environments were stepped with other weights than those of update {state.step}")

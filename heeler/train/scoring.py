@@ -64,7 +64,7 @@ def make_score(run: TextRun) -> Callable[[Rollout, TrainState], tuple[ScoredRoll
         for items in budgeted_microbatches(
             torch.arange(len(inputs.lengths)),
             inputs.costs.cpu(),
-            config.ppo.token_budget,
+            config.ppo.budget(device),
             None if neighbours is None else neighbours.cpu(),
         ):
             items = items.to(device)

@@ -32,7 +32,7 @@ from heeler.rewards.specs import load_judges, load_reward
 from heeler.rollout.engines.batch import BatchEngine
 from heeler.rollout.engines.draws import GREEDY, draw_seed
 from heeler.rollout.engines.hf import HFEngine
-from heeler.rollout.engines.native import native_engine
+from heeler.rollout.engines.native import NativeEngine, native_engine
 from heeler.rollout.engines.vllm import VLLMEngine
 from heeler.rollout.text import TextCollector, sample_rollout, samples_of
 from heeler.runtime import machine
@@ -269,7 +269,7 @@ class TextRun(Run):
             rollout = self.rollout(self.eval_prompts, seeds)
             evaluation = evaluate_text(
                 self.policy, rollout, self.samples_of(rollout), self.judge(rollout), self.judges,
-                texts=self.texts_of(rollout), token_budget=self.config.ppo.token_budget,
+                texts=self.texts_of(rollout), token_budget=self.config.ppo.budget(self.policy.device),
                 engine_logprobs=rollout.behavior_logprobs if self.trusts_engine else None,
             )  # fmt: skip
             evaluation.figures.update({k: float(x.float().mean()) for k, x in self.episode_figures(rollout).items()})
@@ -398,6 +398,11 @@ def build_text_run(
         f" ({_describe(config.trainable)}), ends of sequence {eos_ids or 'none'}",
         *policy.notes,
     ]
+    if isinstance(engine, NativeEngine) and device == "cpu" and not engine.written_out:
+        notes.append(
+            f"the engine samples {type(model).__name__} through transformers, which is slower: its own decoding step"
+            " knows Llama, Mistral, Qwen2 and Qwen3 without windows"
+        )
     if loaded and loaded_eval:
         both = len(set(map(tuple, loaded.tokens)) & set(map(tuple, loaded_eval.tokens)))
         if both:

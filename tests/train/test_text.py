@@ -31,6 +31,7 @@ from heeler.policies.language_model import LanguageModelPolicy
 from heeler.train.ppo import UpdateReport
 from heeler.train.text import build_text_run
 from tests.runs import numbers, small
+from tests.tiny import save_tiny_model
 
 PROMPTS = ["ab", "c", "defgh", "xyz z"]
 CONTRACT = {
@@ -145,6 +146,19 @@ def test_the_token_budget_does_not_change_a_run(tiny_llama: str, tmp_path: Path)
     for a, b in zip(numbers(tmp_path / "one"), numbers(tmp_path / "many"), strict=True):
         for key, value in a.items():
             assert b[key] == pytest.approx(value, rel=1e-2, abs=1e-3), key
+
+
+def test_passes_are_small_on_a_cpu_unless_the_user_says_so() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert PPOConfig().budget(cpu) < PPOConfig().budget(gpu)
+    assert PPOConfig(token_budget=77).budget(cpu) == PPOConfig(token_budget=77).budget(gpu) == 77
+
+
+@pytest.mark.parametrize("architecture, written_out", [("llama", True), ("qwen3", True), ("gpt2", False)])
+def test_sampling_through_transformers_is_said_once(architecture: str, written_out: bool, tmp_path: Path) -> None:
+    model = save_tiny_model(tmp_path / "model", architecture)
+    run = build_text_run(small(model, tmp_path / "run"), prompts=PROMPTS, reward=vowels)
+    assert sum("samples" in note and "through transformers" in note for note in run.notes) == (not written_out)
 
 
 @pytest.mark.parametrize("truncation", ["terminal", "bootstrap", "drop"])

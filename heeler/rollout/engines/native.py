@@ -124,6 +124,11 @@ class NativeEngine(BatchEngine):
         """Whether completions come with the states after the trunk."""
         return self.trunk_layers is not None
 
+    @property
+    def written_out(self) -> bool:
+        """Whether the model, as it is now, samples by Heeler's own decoding step; else through transformers."""
+        return can_decode(self.model) and not self._hooked()
+
     def _capture(self, name: str, module: Any, args: Any, output: Any) -> None:
         states = output if isinstance(output, Tensor) else output[0]
         self._captured[name] = states[:, -1:] if name == "final" else states
@@ -141,8 +146,7 @@ class NativeEngine(BatchEngine):
 
     def _choose_step(self) -> None:
         """Write the decoding step out where that is the model's own, as it is now."""
-        decodes = can_decode(self.model) and not self._hooked()
-        self.decoder = Decoder(self.model, self.trunk_layers) if decodes else None
+        self.decoder = Decoder(self.model, self.trunk_layers) if self.written_out else None
         if self.pack_weights:
             self.packing.layers = packed_layers(self.model) if self.decoder is None else self.decoder.products
 
