@@ -23,7 +23,7 @@ import torch  # noqa: E402
 from growth import SHAPES, machine  # noqa: E402
 from pages import hardware  # noqa: E402
 
-from heeler.rollout.engines.attention import attend  # noqa: E402
+from heeler.policies.attention import attend  # noqa: E402
 from heeler.rollout.engines.packing import can_pack  # noqa: E402
 
 HIDDEN, LAYERS, INNER = SHAPES["135M"].hidden, SHAPES["135M"].layers, SHAPES["135M"].inner

@@ -20,6 +20,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from heeler.policies.attention import use_fast_attention
+from heeler.policies.checkpointing import checkpoint_layers
 from heeler.policies.inputs import PaddedRows, TokenInputs
 from heeler.policies.loading import SCORE_KEY, model_folder
 from heeler.policies.logprobs import token_logprobs
@@ -187,6 +189,7 @@ class LanguageModelPolicy:
         self.entropy_gradient = entropy_gradient
         self.notes: list[str] = []  # what the user should know about the paths that were chosen
         self.model: Any = model.eval()
+        use_fast_attention(model)
         self.device: torch.device = next(model.parameters()).device
         self.token_bias = None if token_bias is None else token_bias.to(self.device)
         self.peft_model: Any = None
@@ -320,6 +323,7 @@ class LanguageModelPolicy:
                 body = AutoModel.from_pretrained(path, dtype=torch.float32).eval().to(self.device)
         except (OSError, ValueError) as error:
             raise HeelerError(f"cannot load the critic {path!r}: {str(error).splitlines()[0]}") from error
+        use_fast_attention(body)
         sizes = body.config.get_text_config().vocab_size, self.model.config.get_text_config().vocab_size
         causal = (
             getattr(body.config, "is_decoder", False)
@@ -336,6 +340,19 @@ class LanguageModelPolicy:
                 f" {'causal' if causal else body.config.model_type}): it must be a causal model with the same tokenizer"
             )
         return body, scores
+
+    def checkpoint_activations(self) -> None:
+        """From now on layers keep only their input for the backward pass: less memory, a forward pass more.
+
+        Raises:
+            HeelerError: the policy or its critic has no layers that transformers marks for this.
+        """
+        for body in (self.model, self.critic_body):
+            if body is not None and checkpoint_layers(body) == 0:
+                raise HeelerError(
+                    f"{type(body).__name__} has no layers that transformers marks for checkpointing: leave"
+                    " --activation-checkpointing off, and lower the token budget to save memory"
+                )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Two groups for the optimiser, named "policy" and "critic"."""

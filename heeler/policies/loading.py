@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from heeler.policies.attention import use_fast_attention
 from heeler.runtime.packages import quiet_transformers, require
 from heeler.types import HeelerError
 
@@ -122,6 +123,7 @@ def load_classifier(path: str, num_labels: int | None = None) -> Any:
         model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, **options)
     except (OSError, ValueError) as error:
         raise HeelerError(_not_loadable("sequence classifier", path, error)) from error
+    use_fast_attention(model)
     return model.eval()
 
 

@@ -29,13 +29,14 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: fl
 
 
 def _softmax_parts(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`(logsumexp [c], probabilities [c, V], entropy [c])` in as few passes over the logits as possible."""
+    """`(logsumexp [c], probabilities [c, V], entropy [c])` in as few passes over the float32 logits as possible."""
     top = logits.amax(-1, keepdim=True)
     p = torch.sub(logits, top).exp_()
     total = p.sum(-1, keepdim=True)
     p.div_(total)
     lse = (top + total.log())[:, 0]
-    expected = torch.bmm(p[:, None], logits[:, :, None])[:, 0, 0]
+    with torch.autocast(logits.device.type, enabled=False):  # which would round both to bf16
+        expected = torch.bmm(p[:, None], logits[:, :, None])[:, 0, 0]
     return lse, p, lse - expected
 
 

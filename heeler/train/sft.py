@@ -69,6 +69,8 @@ class SFTConfig:
         checkpoint_every: updates between checkpoints.
         sample_prompts: held-out prompts that are completed after training, for samples.jsonl.
         sample_tokens: length cap of these completions.
+        activation_checkpointing: layers keep only their input for the backward pass and are computed again in it: less
+            memory, about a third more time.
         precision: "auto" measures; fp32 or bf16.
         device: "auto" takes a GPU where there is one.
         threads: CPU threads; None takes all.
@@ -97,6 +99,7 @@ class SFTConfig:
     checkpoint_every: int = 200
     sample_prompts: int = 4
     sample_tokens: int = 48
+    activation_checkpointing: bool = False
     precision: machine.Precision = "auto"
     device: str = "auto"
     threads: int | None = None
@@ -228,6 +231,8 @@ def build_sft_run(
         seed=config.seed,
         share_prompts=False,
     )
+    if config.activation_checkpointing:
+        policy.checkpoint_activations()
     group = policy.parameter_groups()[0]
     optimizer = torch.optim.AdamW(
         group["params"], lr=config.lr, betas=config.adam_betas, weight_decay=config.weight_decay

@@ -88,6 +88,8 @@ class TextConfig:
         old_logprobs: of the policy that sampled: the engine's own, or computed anew by the "trainer", which costs a
             pass. "auto" takes the native engine's in fp32, where both agree to a few millionths of a nat.
         share_prompts: read a prompt once for all its samples, in the native engine and in the trainer's forward passes.
+        activation_checkpointing: layers keep only their input for the backward pass and are computed again in it: less
+            memory, about a third more time in the update.
         precision: "auto" measures; fp32 or bf16.
         device: "auto" takes a GPU where there is one.
         threads: CPU threads; None takes all.
@@ -131,6 +133,7 @@ class TextConfig:
     reuse_trunk_states: bool = True
     old_logprobs: Literal["auto", "engine", "trainer"] = "auto"
     share_prompts: bool = True
+    activation_checkpointing: bool = False
     precision: machine.Precision = "auto"
     device: str = "auto"
     threads: int | None = None
@@ -356,6 +359,8 @@ def build_text_run(
         token_bias=bias,
         share_prompts=config.share_prompts,
     )
+    if config.activation_checkpointing:
+        policy.checkpoint_activations()
     keep_states = config.reuse_trunk_states and policy.trunk is not None and config.truncation != "bootstrap"
     options: dict[str, Any] = {
         "eos_ids": eos_ids,

@@ -95,3 +95,15 @@ def test_no_large_array_of_positions_by_vocabulary_is_kept(
     logprobs.sum().backward()
     large = [size for size in kept if size >= 16 * vocab]
     assert kept and large == ([16 * vocab] * 4 if not frozen and n * vocab <= limit else [])
+
+
+def test_entropies_keep_their_digits_under_autocast() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (4 * torch.randn(shape, generator=generator).bfloat16() for shape in ((5, 16), (300, 16)))
+    tokens = torch.arange(5)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = torch.nn.functional.linear(hidden, weight).float()
+        logprobs, entropy = token_logprobs(hidden, weight, tokens)
+    logp = logits.log_softmax(-1)
+    torch.testing.assert_close(logprobs, logp[tokens, tokens], atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(entropy, -(logp.exp() * logp).sum(-1), atol=1e-4, rtol=1e-5)

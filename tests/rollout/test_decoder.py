@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 
+from heeler.policies.attention import use_fast_attention
 from heeler.policies.loading import load_causal_lm
-from heeler.rollout.engines.attention import use_grouped_attention
 from heeler.rollout.engines.buffers import make_cache
 from heeler.rollout.engines.decoder import Decoder, can_decode
 from heeler.rollout.engines.hf import HFEngine
@@ -39,7 +39,7 @@ def random_model(family: str, *, seed: int = 0, **options: Any) -> Any:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
-    use_grouped_attention(model)
+    use_fast_attention(model)
     return model
 
 
@@ -156,7 +156,7 @@ def test_which_models_it_is_written_for(tiny_llama: str, tmp_path: Any) -> None:
     assert not can_decode(load_causal_lm(tiny_llama))  # before its attention is the grouped one
     for other in ("gpt2", "gpt_neox"):
         model = load_causal_lm(save_tiny_model(tmp_path / other, other))
-        use_grouped_attention(model)
+        use_fast_attention(model)
         assert not can_decode(model)
 
     class Own(torch.nn.Module):

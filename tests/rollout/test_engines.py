@@ -11,7 +11,6 @@ import torch
 
 from heeler.policies.language_model import LanguageModelPolicy, TopLayers, ValueHead
 from heeler.policies.loading import load_causal_lm
-from heeler.rollout.engines.attention import grouped_attention
 from heeler.rollout.engines.batch import PART_TOKENS, similar_lengths
 from heeler.rollout.engines.draws import draw_seed, sample
 from heeler.rollout.engines.hf import HFEngine
@@ -214,20 +213,6 @@ def test_blocks_of_an_interrupted_run_are_not_used_again(architecture: str, tmp_
     fresh.commit(1)
     sampling = Sampling(max_new_tokens=12)
     same(engine.generate(many, sampling), fresh.generate(many, sampling), atol=1e-3)
-
-
-@pytest.mark.parametrize("columns", [20, 300])
-@pytest.mark.parametrize("masked", [False, True])
-def test_grouped_attention_is_that_of_transformers(columns: int, masked: bool) -> None:
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    module: Any = torch.nn.Module()
-    module.num_key_value_groups, module.is_causal = 3, True
-    query, key, value = torch.randn(4, 6, 1, 8), torch.randn(4, 2, columns, 8), torch.randn(4, 2, columns, 8)
-    mask = torch.rand(4, 1, 1, columns) < 0.7 if masked else None
-    ours, _ = grouped_attention(module, query, key, value, mask, scaling=0.3)
-    theirs, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3)
-    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
 
 
 def test_prompts_of_similar_lengths_are_read_together() -> None:

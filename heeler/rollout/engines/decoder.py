@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from heeler.policies.attention import NAME, attend
 from heeler.policies.splitting import full_attention
 from heeler.rollout.engines import packing
-from heeler.rollout.engines.attention import NAME, attend
 from heeler.rollout.engines.packing import Joined, can_pack
 
 PASS_TOKENS = 8192  # of prompts read at once, which bounds the memory

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from heeler.policies.attention import NAME
 from heeler.rollout.engines.draws import sample, uniforms
 from heeler.rollout.engines.stopping import StopStrings
 from heeler.rollout.engines.weights import WeightReceiver
@@ -33,6 +34,9 @@ class HFEngine(WeightReceiver):
         from transformers import GenerationConfig
 
         super().__init__(model)
+        config = model.config.get_text_config(decoder=True)
+        if config._attn_implementation == NAME:
+            config._attn_implementation = "sdpa"  # a reference is transformers' own in everything
         model.generation_config = GenerationConfig()  # generate would take penalties and cut-offs from the model's own
         self.eos_ids, self.max_rows = sorted(eos_ids), max_rows
         self.device = next(model.parameters()).device

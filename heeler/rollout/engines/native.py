@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn.modules.module import _has_any_global_hook
 
+from heeler.policies.attention import use_fast_attention
 from heeler.policies.splitting import full_attention, layer_list
-from heeler.rollout.engines.attention import use_grouped_attention
 from heeler.rollout.engines.batch import BatchEngine, Draws, by_length, similar_lengths
 from heeler.rollout.engines.decoder import Decoder, can_decode
 from heeler.rollout.engines.packing import packed_layers
@@ -104,7 +104,7 @@ class NativeEngine(BatchEngine):
     def __init__(
         self, model: Any, *, trunk_layers: int | None = None, final_states: bool = False, **options: Any
     ) -> None:
-        use_grouped_attention(model)
+        use_fast_attention(model)
         super().__init__(model, **options)
         self.buffered = full_attention(model.config)  # a cache of one column a token
         self.share_prompts = self.share_prompts and self.buffered
