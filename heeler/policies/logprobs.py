@@ -9,6 +9,7 @@ with a frozen output layer the gradient with respect to h is formed in the forwa
 (it is then one multiplication); with a trainable one the probabilities are kept where they are few, and the logits
 are computed again, chunk by chunk, where they are not.
 
+Products are computed in autocast's type where that is on, in the backward pass too, and in the weight's elsewhere.
 `tests/policies/test_logprobs.py` holds the slow twin.
 """
 
@@ -52,39 +53,41 @@ class _TokenLogprobs(torch.autograd.Function):
         entropy_gradient: bool,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
-        n = hidden.shape[0]
+        n, device = hidden.shape[0], hidden.device.type
+        compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        given, hidden, matrix = hidden, hidden.to(compute), weight.to(compute)
         logprobs, entropy = hidden.new_empty(n, dtype=torch.float32), hidden.new_empty(n, dtype=torch.float32)
         frozen_head = not (weight.requires_grad or (bias is not None and bias.requires_grad))
-        keep = frozen_head and hidden.requires_grad
+        keep = frozen_head and given.requires_grad
         unit = torch.empty_like(hidden) if keep else None  # d log p / d hidden
         unit_entropy = torch.empty_like(hidden) if keep and entropy_gradient else None
         few = n * weight.shape[0] <= KEPT_PROBABILITIES and not entropy_gradient
         probabilities: list[Tensor] | None = [] if not frozen_head and few and any(ctx.needs_input_grad) else None
         for start in range(0, n, chunk):
             rows = slice(start, min(start + chunk, n))
-            logits = _logits(hidden[rows], weight, bias, temperature)  # (c, V)
+            logits = _logits(hidden[rows], matrix, bias, temperature)  # (c, V)
             chosen = logits.gather(1, tokens[rows, None])[:, 0]
             lse, p, h = _softmax_parts(logits)
             logprobs[rows], entropy[rows] = chosen - lse, h
             if probabilities is not None:
                 probabilities.append(p)
             if unit is not None:
-                expected = torch.matmul(p.to(weight.dtype), weight)
-                unit[rows] = ((weight[tokens[rows]] - expected) / temperature).to(hidden.dtype)
+                expected = torch.matmul(p.to(compute), matrix)
+                unit[rows] = (matrix[tokens[rows]] - expected) / temperature
             if unit_entropy is not None:
                 slope = p.mul_(logits.sub_((lse - h)[:, None])).neg_()  # -p * (log p + H)
-                unit_entropy[rows] = (torch.matmul(slope.to(weight.dtype), weight) / temperature).to(hidden.dtype)
+                unit_entropy[rows] = torch.matmul(slope.to(compute), matrix) / temperature
         ctx.temperature, ctx.chunk, ctx.entropy_gradient, ctx.frozen_head = (
             temperature,
             chunk,
             entropy_gradient,
             frozen_head,
         )
-        ctx.has_bias, ctx.few = bias is not None, probabilities is not None
+        ctx.has_bias, ctx.few, ctx.compute = bias is not None, probabilities is not None, compute
         if keep:
             ctx.save_for_backward(*[x for x in (unit, unit_entropy) if x is not None])
         else:
-            ctx.save_for_backward(hidden, weight, tokens, *([] if bias is None else [bias]), *(probabilities or []))
+            ctx.save_for_backward(given, weight, tokens, *([] if bias is None else [bias]), *(probabilities or []))
         if not entropy_gradient:
             ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
@@ -99,27 +102,31 @@ class _TokenLogprobs(torch.autograd.Function):
             return grad, None, None, None, None, None, None
         hidden, weight, tokens = ctx.saved_tensors[:3]
         bias = ctx.saved_tensors[3] if ctx.has_bias else None
-        grad_hidden = torch.empty_like(hidden)
+        grad_hidden, matrix = torch.empty_like(hidden), weight.to(ctx.compute)
         grad_weight = torch.zeros_like(weight)
         grad_bias = None if bias is None else torch.zeros_like(bias)
         kept = ctx.saved_tensors[4 if ctx.has_bias else 3 :] if ctx.few else None
         for start in range(0, hidden.shape[0], ctx.chunk):
             rows = slice(start, min(start + ctx.chunk, hidden.shape[0]))
+            states = hidden[rows].to(ctx.compute)
             if kept is not None:
                 p, log_ratio = kept[start // ctx.chunk], None
             else:
-                logits = _logits(hidden[rows], weight, bias, ctx.temperature)
+                logits = _logits(states, matrix, bias, ctx.temperature)
                 lse, p, h = _softmax_parts(logits)
                 log_ratio = logits.sub_((lse - h)[:, None]) if ctx.entropy_gradient else None  # log p + H
             slope = p * -grad_logprobs[rows, None]
             slope.scatter_add_(1, tokens[rows, None], grad_logprobs[rows, None])
             if log_ratio is not None:
                 slope.addcmul_(p.mul_(-grad_entropy[rows, None]), log_ratio)
-            slope = (slope / ctx.temperature).to(weight.dtype)
-            grad_hidden[rows] = torch.matmul(slope, weight).to(hidden.dtype)
-            grad_weight.addmm_(slope.t(), hidden[rows].to(weight.dtype))
+            slope = (slope / ctx.temperature).to(ctx.compute)
+            grad_hidden[rows] = torch.matmul(slope, matrix).to(hidden.dtype)
+            if ctx.compute == weight.dtype:
+                grad_weight.addmm_(slope.t(), states)
+            else:  # sums over chunks keep the weight's digits
+                grad_weight += torch.matmul(slope.t(), states)
             if grad_bias is not None:
-                grad_bias += slope.sum(0).to(grad_bias.dtype)
+                grad_bias += slope.sum(0, dtype=grad_bias.dtype)
         return grad_hidden, grad_weight, grad_bias, None, None, None, None
 
 

@@ -107,3 +107,30 @@ def test_entropies_keep_their_digits_under_autocast() -> None:
     logp = logits.log_softmax(-1)
     torch.testing.assert_close(logprobs, logp[tokens, tokens], atol=1e-4, rtol=1e-5)
     torch.testing.assert_close(entropy, -(logp.exp() * logp).sum(-1), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kept", [0, 10**6])
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("entropy_gradient", [True, False])
+def test_products_under_autocast_are_bf16_forward_and_backward(kept: int, frozen: bool, entropy_gradient: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(shape, generator=generator) for shape in ((40, 16), (300, 16)))
+    tokens = torch.arange(40)
+    cotangents = torch.randn(2, 40, generator=generator)
+    cotangents[1] *= float(entropy_gradient)
+    gradients: list[list[Tensor]] = []
+    with mock.patch("heeler.policies.logprobs.KEPT_PROBABILITIES", kept):
+        for rounded in (False, True):
+            h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
+            with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
+                logprobs, entropy = token_logprobs(h, w, tokens, entropy_gradient=entropy_gradient, chunk=7)
+            with mock.patch("torch.matmul", wraps=torch.matmul) as product:
+                torch.autograd.backward(
+                    [logprobs, entropy][: 1 + entropy_gradient], list(cotangents[: 1 + entropy_gradient])
+                )
+            types = {call.args[0].dtype for call in product.call_args_list}
+            assert h.grad is not None and h.grad.dtype == torch.float32
+            assert frozen or types == {torch.bfloat16 if rounded else torch.float32}
+            gradients.append([leaf.grad for leaf in (h, w) if leaf.grad is not None])
+    for exact, near in zip(*gradients, strict=True):
+        torch.testing.assert_close(near, exact, atol=0.03 * float(exact.abs().max()), rtol=0)
