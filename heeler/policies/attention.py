@@ -1,13 +1,13 @@
-"""Attention on a CPU, where torch's own is slow: short rows in training, and single tokens in sampling.
+"""Attention on a CPU, where torch's own is slow: short rows, and single tokens in sampling.
 
 Both read the heads of a group, which share keys and values, as the queries of one head. That needs no copy of the keys:
 
     [B, heads, T, D] -> [B, groups, heads / groups * T, D]        against keys `[B, groups, S, D]`
 
-Short rows then take two products of small matrices and a softmax between them. torch's blocked kernel is made for rows
-of thousands of tokens: on short ones its backward pass takes up to six times as long
-(docs/benchmarks/training_attention.md). Single tokens take torch's kernel, without the copies that transformers makes
-where there is a mask (docs/benchmarks/decoding_parts.md).
+Where a query sees few keys, attention is two products of small matrices and a softmax between them. torch's blocked
+kernel is made for rows of thousands of tokens: on short ones its backward pass takes up to six times as long
+(docs/benchmarks/training_attention.md). Single tokens that see many keys take torch's kernel, without the copies that
+transformers makes where there is a mask (docs/benchmarks/decoding_parts.md).
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 NAME = "heeler"
-FEW_COLUMNS = 128  # up to which torch's own grouping is as fast for single tokens
-SHORT = 128  # tokens of a row up to which plain products are faster
+SHORT = 128  # keys up to which plain products are faster
 
 
 def attention(
@@ -43,13 +42,12 @@ def attention(
 
     asked, columns = query.shape[2], key.shape[2]
     plain = options.get("position_bias") is None and not options.get("dropout")
-    few = 1 < asked <= SHORT and columns <= SHORT and query.device.type == "cpu"
+    few = asked <= SHORT and columns <= SHORT and query.device.type == "cpu"
     if plain and few and (attention_mask is None or attention_mask.shape[1] == 1):
         causal = options.get("is_causal")
         causal = getattr(module, "is_causal", True) if causal is None else causal
-        return short_rows(query, key, value, attention_mask, options.get("scaling"), bool(causal)), None
-    grouped = query.shape[1] != key.shape[1] and (attention_mask is not None or columns >= FEW_COLUMNS)
-    if plain and asked == 1 and grouped:
+        return short_rows(query, key, value, attention_mask, options.get("scaling"), bool(causal) and asked > 1), None
+    if plain and asked == 1 and query.shape[1] != key.shape[1]:
         return attend(query[:, :, 0], key, value, attention_mask, options.get("scaling"))[:, None], None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
 
@@ -91,7 +89,9 @@ def _causal(asked: int, columns: int, shared: int) -> Tensor:
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
     """`[B, heads, D]`: what each row's `query [B, heads, D]` attends to."""
     batch, heads, width = query.shape
-    groups = key.shape[1]
+    groups, columns = key.shape[1], key.shape[2]
+    if columns <= SHORT and query.device.type == "cpu":
+        return short_rows(query[:, :, None], key, value, mask, scale, causal=False)[:, 0]
     grouped = query.reshape(batch, groups, heads // groups, width)
     attended = torch.nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale)
     return attended.reshape(batch, heads, value.shape[-1])

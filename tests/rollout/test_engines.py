@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from heeler.rollout.engines.batch import PART_TOKENS, similar_lengths
 from heeler.rollout.engines.draws import draw_seed, sample
 from heeler.rollout.engines.hf import HFEngine
 from heeler.rollout.engines.native import NativeEngine
-from heeler.rollout.engines.packing import can_pack
+from heeler.rollout.engines.packing import Blocks, can_pack, library_for
 from heeler.rollout.text import final_states, pack, prompts_of_update
 from heeler.types import Completion, HeelerError, Request, Sampling
 from tests.tiny import ARCHITECTURES, save_tiny_model
@@ -138,7 +139,45 @@ def test_waiting_requests_take_the_rows_of_those_that_ended(architecture: str, t
     assert {c.finish_reason for c in together} == {"stop", "length"}
 
 
-needs_mkl = pytest.mark.skipif(not can_pack(torch.zeros(1)), reason="this torch has no packed products of MKL")
+needs_packing = pytest.mark.skipif(not can_pack(torch.zeros(1)), reason="there are no packed products here")
+
+
+@pytest.mark.parametrize("library", ["mkl", "onednn"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_of_blocks_are_products(library: str, dtype: torch.dtype, bias: bool) -> None:
+    here = library_for(torch.zeros(1, dtype=dtype))
+    if here is None or (library == "mkl" and (dtype == torch.bfloat16 or not torch.backends.mkl.is_available())):
+        pytest.skip(f"{library} has no packed products of {dtype} here")
+    weight, added = torch.randn(96, 40).to(dtype), torch.randn(96).to(dtype) if bias else None
+    with mock.patch("heeler.rollout.engines.packing.library_for", return_value=library):
+        blocks = Blocks(weight, added, 24)
+    for shape in ((24, 40), (24, 1, 40), (4, 6, 40)):
+        x = torch.randn(shape).to(dtype)
+        expected = torch.nn.functional.linear(x, weight, added)
+        torch.testing.assert_close(blocks(x), expected, atol=1e-5 if dtype == torch.float32 else 0.1, rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("processor", "dtype", "library"),
+    [
+        ("vendor_id : GenuineIntel", torch.float32, "mkl"),
+        ("vendor_id : AuthenticAMD", torch.float32, "onednn"),
+        ("vendor_id : GenuineIntel", torch.bfloat16, "onednn"),
+        ("vendor_id : AuthenticAMD", torch.float64, None),
+    ],
+)
+def test_whose_blocks(processor: str, dtype: torch.dtype, library: str | None) -> None:
+    with (
+        mock.patch("heeler.rollout.engines.packing._processor", return_value=processor),
+        mock.patch("platform.machine", return_value="x86_64"),
+        mock.patch("torch.ops.mkldnn._is_mkldnn_bf16_supported", return_value=True),
+        mock.patch("torch.backends.mkl.is_available", return_value=True),
+    ):
+        assert library_for(torch.zeros(1, dtype=dtype)) == library
+        assert library_for(torch.zeros(1, dtype=dtype, device="meta")) is None
+        with mock.patch("platform.machine", return_value="aarch64"):
+            assert library_for(torch.zeros(1, dtype=dtype)) is None
 
 
 def packed_rows(engine: Any) -> list[int]:
@@ -154,7 +193,7 @@ def packed_rows(engine: Any) -> list[int]:
     return seen
 
 
-@needs_mkl
+@needs_packing
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_packed_weights_sample_the_same(architecture: str, tmp_path: Path) -> None:
     model = model_that_stops(save_tiny_model(tmp_path, architecture))
@@ -170,7 +209,7 @@ def test_packed_weights_sample_the_same(architecture: str, tmp_path: Path) -> No
     assert all(layer.blocks is None for layer in engine.packing.layers)  # nothing is kept
 
 
-@needs_mkl
+@needs_packing
 def test_packed_rows_leave_together_and_are_packed_anew(tiny_llama: str) -> None:
     engine = NativeEngine(model_that_stops(tiny_llama), eos_ids=range(60))
     rows = packed_rows(engine)
@@ -183,7 +222,7 @@ def test_packed_rows_leave_together_and_are_packed_anew(tiny_llama: str) -> None
     assert not any(rows)  # too few steps to be worth it
 
 
-@needs_mkl
+@needs_packing
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_blocks_of_an_interrupted_run_are_not_used_again(architecture: str, tmp_path: Path) -> None:
     path = save_tiny_model(tmp_path, architecture)

@@ -1,15 +1,19 @@
 """Linear layers whose weights are laid out once for all products of a sampling run.
 
-MKL copies a weight matrix into blocks of its own at every product. With few rows that copy takes longer than the
-product. Sampling multiplies the same weights by the same number of rows at every step, so the blocks are made once,
-kept while a pool of that many rows is sampled, and dropped with it: new weights cannot meet old blocks.
-Measured: docs/benchmarks/decoding_parts.md.
+A library of matrix products copies a weight matrix into blocks of its own at every product. With few rows that copy
+takes longer than the product. Sampling multiplies the same weights by the same number of rows at every step, so the
+blocks are made once, kept while a pool of that many rows is sampled, and dropped with it: new weights cannot meet old
+blocks. MKL is the fastest in float32 on Intel's processors and slower than no blocks at all on AMD's; oneDNN takes
+bf16, and float32 elsewhere. Measured: docs/benchmarks/decoding_parts.md.
 """
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
-from typing import Any
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +23,56 @@ WORTH_STEPS = 8  # making the blocks costs about as much as three to five steps 
 MOST_ROWS = 256  # beyond, the copy hardly counts
 
 
+Library = Literal["mkl", "onednn"]
+
+
+@lru_cache(maxsize=1)
+def _processor() -> str:
+    """Its maker, as the system names it: "GenuineIntel", "AuthenticAMD", ..."""
+    information = Path("/proc/cpuinfo")
+    return information.read_text(encoding="utf-8") if information.exists() else platform.processor()
+
+
+def library_for(weight: Tensor) -> Library | None:
+    """Whose blocks are the fastest for such a weight; None where this torch and this machine have none for it."""
+    if weight.device.type != "cpu" or platform.machine().lower() not in ("x86_64", "amd64"):
+        return None
+    if weight.dtype == torch.float32 and "GenuineIntel" in _processor():
+        return "mkl" if torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear") else None
+    known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if weight.dtype == torch.bfloat16:
+        return "onednn" if known and torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
+    return "onednn" if known and weight.dtype == torch.float32 else None
+
+
+class Blocks:
+    """A weight laid out for products with `rows` rows.
+
+    Args:
+        weight: `[outputs, inputs]`, contiguous.
+        bias: `[outputs]` or None.
+        rows: of the inputs.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
+        self.library, self.bias, self.rows = library_for(weight), bias, rows
+        if self.library == "mkl":
+            self.blocks = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows)
+            self.shape = weight.new_full((1,), torch.nan).expand(weight.shape)  # MKL asks it for its size only
+        else:
+            self.blocks = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[..., outputs]` from `[..., inputs]`, `rows` rows."""
+        if self.library == "mkl":
+            return torch.ops.mkl._mkl_linear(x, self.blocks, self.shape, self.bias, self.rows)
+        return torch.ops.mkldnn._linear_pointwise(x, self.blocks, self.bias, "none", [], "")
+
+
 class _Packed:
     """A layer that has blocks of its weight for inputs of `rows` rows, and is an ordinary layer for all others."""
 
-    blocks: Tensor | None = None
+    blocks: Blocks | None = None
     rows: int = 0
     weight: Tensor
     bias: Tensor | None
@@ -32,13 +82,13 @@ class _Packed:
         return self.weight.detach()
 
     def pack(self, rows: int) -> None:
-        self.blocks, self.rows = torch.ops.mkl._mkl_reorder_linear_weight(self.matrix().contiguous(), rows), rows
+        self.blocks, self.rows = Blocks(self.matrix().contiguous(), self.bias, rows), rows
 
     def forward(self, x: Tensor) -> Tensor:
         matrix = self.matrix()
         if self.blocks is None or x.numel() != self.rows * matrix.shape[1]:
             return super().forward(x)  # pyright: ignore
-        return torch.ops.mkl._mkl_linear(x, self.blocks, matrix, self.bias, self.rows)
+        return self.blocks(x)
 
 
 class PackedLinear(_Packed, nn.Linear):  # pyright: ignore
@@ -56,9 +106,8 @@ PACKED: dict[type, type[_Packed]] = {nn.Linear: PackedLinear, Conv1D: PackedConv
 
 
 def can_pack(weight: Tensor) -> bool:
-    """Whether this torch has MKL's packed products, and they are for such a weight."""
-    has = torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")
-    return has and weight.device.type == "cpu" and weight.dtype == torch.float32
+    """Whether there are packed products for such a weight here."""
+    return library_for(weight) is not None
 
 
 class Joined:
@@ -70,25 +119,22 @@ class Joined:
 
     def __init__(self, *layers: nn.Linear) -> None:
         self.layers = layers
-        self.blocks: Tensor | None = None
-        self.bias: Tensor | None = None
+        self.blocks: Blocks | None = None
         self.rows = 0
         self.outputs = [layer.out_features for layer in layers]
-        # The packed product asks a weight for its size only.
-        self.shape = layers[0].weight.new_full((1,), torch.nan).expand(sum(self.outputs), layers[0].in_features)
 
     def pack(self, rows: int) -> None:
         weights = [layer.weight.detach() for layer in self.layers]
         weight = torch.cat(weights) if len(weights) > 1 else weights[0].contiguous()
-        self.blocks, self.rows = torch.ops.mkl._mkl_reorder_linear_weight(weight, rows), rows
         biases = [layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias.detach()
                   for layer in self.layers]  # fmt: skip
-        self.bias = torch.cat(biases) if any(layer.bias is not None for layer in self.layers) else None
+        bias = torch.cat(biases) if any(layer.bias is not None for layer in self.layers) else None
+        self.blocks, self.rows = Blocks(weight, bias, rows), rows
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[rows, outputs of all]` from `[rows, inputs]`."""
         if self.blocks is not None and len(x) == self.rows:
-            return torch.ops.mkl._mkl_linear(x, self.blocks, self.shape, self.bias, self.rows)
+            return self.blocks(x)
         parts = self.each(x)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
