@@ -19,14 +19,21 @@ def replace_section(page: Path, name: str, lines: list[str]) -> None:
     page.write_text(text, encoding="utf-8")
 
 
+def processor() -> str:
+    """The processor's name."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    found = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return next(found, platform.processor() or platform.machine())
+
+
 def hardware() -> str:
     """Processor, cores, and whether it multiplies bf16 in hardware."""
     info = Path("/proc/cpuinfo")
     if not info.exists():
-        return platform.processor() or platform.machine()
+        return processor()
     lines = info.read_text().splitlines()
-    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
     flags = next((line.split(":")[1].split() for line in lines if line.startswith("flags")), [])
     cores = sum(line.startswith("processor") for line in lines)
     features = [f"{'with' if flag in flags else 'without'} {flag}" for flag in ("avx512f", "avx512_bf16", "amx_bf16")]
-    return f"{name}, {cores} cores, {', '.join(features)}"
+    return f"{processor()}, {cores} cores, {', '.join(features)}"

@@ -72,9 +72,9 @@ def short_rows(
         else:
             logits = torch.bmm(q * scale, k.transpose(1, 2))
         if mask is not None:
-            seen = logits.view(batch, heads, asked, columns)
-            seen = seen.masked_fill(~mask, lowest) if mask.dtype == torch.bool else seen + mask.float().clamp(lowest)
-            logits = seen.view(batch * groups, shared * asked, columns)
+            if mask.dtype == torch.bool:  # few numbers: the heads share it
+                mask = torch.zeros(mask.shape).masked_fill_(~mask, lowest)
+            logits.view(batch, heads, asked, columns).add_(mask.float().clamp(lowest))
         attended = torch.bmm(logits.softmax(-1), v)
     return attended.view(batch, heads, asked, -1).transpose(1, 2).to(value.dtype)
 

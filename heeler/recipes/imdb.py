@@ -53,10 +53,37 @@ def smollm2_folder(show: bool = True) -> Path:
     return folder
 
 
+@dataclass(frozen=True)
+class Effort:
+    """What a demo of ten minutes holds on a machine.
+
+    Attributes:
+        rate: operations a second of a large product, from which on it is chosen.
+        reward_tokens: that the quick reward model is trained on.
+        updates: of PPO.
+        lr: their peak learning rate: fewer updates, larger steps.
+    """
+
+    rate: float
+    reward_tokens: int
+    updates: int
+    lr: float
+
+
+EFFORTS = (
+    Effort(800e9, reward_tokens=1_200_000, updates=36, lr=2e-4),  # AMX
+    Effort(260e9, reward_tokens=700_000, updates=28, lr=2.3e-4),  # AVX-512 with bf16, or more cores
+    Effort(0.0, reward_tokens=400_000, updates=14, lr=3e-4),
+)
+
+
 @lru_cache(maxsize=1)
-def fast_bf16() -> bool:
-    """Whether this machine multiplies bf16 in hardware: the demo then does more in the same time."""
-    return machine.choose_precision("auto", machine.choose_device("auto"))[0] == "bf16"
+def effort() -> Effort:
+    """What this machine can do, by the rate of one product."""
+    if machine.choose_device("auto") == "cuda":
+        return EFFORTS[0]
+    rate = machine.product_rate(machine.choose_precision("auto", "cpu")[0])
+    return next(effort for effort in EFFORTS if rate >= effort.rate)
 
 
 def reward_config(full: bool = False) -> RewardConfig:
@@ -74,21 +101,31 @@ def reward_config(full: bool = False) -> RewardConfig:
         )
     return RewardConfig(
         model=base,
-        tokens=1_200_000 if fast_bf16() else 400_000,
+        tokens=effort().reward_tokens,
         lr=3e-4,
         frozen_layers=3,
         lengths=(128, 128, 32),
     )
 
 
+def _reward_folder(config: RewardConfig, full: bool) -> Path:
+    described = {**to_json(config), "model": "all-MiniLM-L6-v2"}  # where the package lies does not matter
+    key = hashlib.blake2b(json.dumps(described, sort_keys=True).encode(), digest_size=4).hexdigest()
+    return cache_folder() / f"imdb-reward-{'full' if full else 'quick'}-{key}"
+
+
 def imdb_reward_model(
     full: bool = False, seed: int = 0, retrain: bool = False, show: bool = True
 ) -> tuple[Path, dict[str, Any]]:
-    """The cached reward model for movie reviews, trained where it is missing; its folder and its report."""
+    """The cached reward model for movie reviews, trained where it is missing; its folder and its report.
+
+    A quick one that is there is taken, the most trained first, however fast the machine seems at the moment.
+    """
     config = replace(reward_config(full), seed=seed)
-    described = {**to_json(config), "model": "all-MiniLM-L6-v2"}  # where the package lies does not matter
-    key = hashlib.blake2b(json.dumps(described, sort_keys=True).encode(), digest_size=4).hexdigest()
-    folder = cache_folder() / f"imdb-reward-{'full' if full else 'quick'}-{key}"
+    folder = _reward_folder(config, full)
+    if not full and not retrain:
+        there = (_reward_folder(replace(config, tokens=known.reward_tokens), full) for known in EFFORTS)
+        folder = next((known for known in there if (known / "heeler.json").exists()), folder)
     if retrain or not (folder / "heeler.json").exists():
         tokenizer = load_tokenizer(config.model)
         part = reviews("reward")
@@ -114,8 +151,8 @@ class IMDB:
     Attributes:
         out: the run folder; runs/imdb where None.
         seed: of every draw.
-        updates: PPO updates; None aims at a demo of about ten minutes on two cores: 36 where the machine has
-            fast bf16 products, 14 (with a larger learning rate) where it has not.
+        updates: PPO updates; None takes what fits into ten minutes by the rate of a product measured at start: 36, or
+            28 and 14 with larger learning rates.
         threads: CPU threads; None takes all.
         full_reward: use the reward model of `heeler reward imdb --full`.
         eval_every: evaluate each N updates; 0 evaluates before and after only.
@@ -156,13 +193,13 @@ def text_config(recipe: IMDB, model: Path, reward: Path, out: str) -> TextConfig
         judges=("judge=heeler.rewards.judges:vader", "judge_words=heeler.rewards.judges:bag_of_words"),
         out=out,
         seed=recipe.seed,
-        updates=recipe.updates or (36 if fast_bf16() else 14),
+        updates=recipe.updates or effort().updates,
         threads=recipe.threads,
         prompts_per_update=64,
         sampling=Sampling(max_new_tokens=24),
         trainable=TopLayers(layers=6),
         kl=FixedKL(coef=0.12),
-        lr=3e-4 if recipe.updates is None and not fast_bf16() else 2e-4,  # fewer updates, larger steps
+        lr=EFFORTS[0].lr if recipe.updates else effort().lr,
         critic_lr=3e-3,
         lr_schedule=Schedule(shape="linear", end=0.1),
         advantage=AdvantageConfig(gamma=1.0, lam=0.95),

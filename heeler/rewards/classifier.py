@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ class ClassifierReward:
         scale, shift: score = scale * logit + shift; what the model's config says where None, else 1 and 0.
         batch_tokens: padded tokens in one forward pass.
         device: where it runs.
+        precision: "bf16" keeps the weights in float32 and computes under autocast.
     """
 
     def __init__(
@@ -33,11 +35,12 @@ class ClassifierReward:
         shift: float | None = None,
         batch_tokens: int = 4096,
         device: str = "cpu",
+        precision: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
         self.path, self.batch_tokens = path, batch_tokens
         self.tokenizer = loading.load_tokenizer(path)
         self.tokenizer.truncation_side = "left"  # a text that is too long loses its beginning, not the completion
-        self.device = device
+        self.device, self.precision = device, precision
         self.model = loading.load_classifier(path).requires_grad_(False).to(device)
         if self.model.config.num_labels > 2:
             raise HeelerError(
@@ -62,7 +65,8 @@ class ClassifierReward:
         while start < len(order):
             rows = order[start : start + max(self.batch_tokens // len(encoded[order[start]]), 1)]
             batch = self.tokenizer.pad({"input_ids": [encoded[i] for i in rows]}, return_tensors="pt").to(self.device)
-            output = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
+            with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bf16"):
+                output = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.float()
             logits[rows] = (output[:, 0] if output.shape[1] == 1 else output[:, 1] - output[:, 0]).cpu()
             start += len(rows)
         return logits

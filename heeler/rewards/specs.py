@@ -26,7 +26,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from heeler.rewards import judges
 from heeler.rewards.classifier import ClassifierReward
@@ -72,12 +72,13 @@ BUILT_IN: dict[str, tuple[Callable[..., Reward], dict[str, type]]] = {  # with t
 }
 
 
-def load_reward(spec: str, device: str = "cpu") -> Reward:
+def load_reward(spec: str, device: str = "cpu", precision: Literal["fp32", "bf16"] = "fp32") -> Reward:
     """The reward that `spec` names, in the grammar of this module; a single plain term is that reward itself.
 
     Args:
         spec: the reward.
         device: where classifiers run.
+        precision: that they compute in.
 
     Raises:
         HeelerError: no spec, an unknown name, an argument or a weight that is none, two terms of one name.
@@ -89,16 +90,16 @@ def load_reward(spec: str, device: str = "cpu") -> Reward:
             f" {', '.join(BUILT_IN)}"
         )
     if _is_classifier(spec):
-        return ClassifierReward(spec, device=device)
+        return ClassifierReward(spec, device=device, precision=precision)
     terms = [_parse(text) for text in _split(spec)]
     if len(terms) == 1 and terms[0].weight == 1 and terms[0].name is None:
-        return _load(terms[0].text, device)
+        return _load(terms[0].text, device, precision)
     weighted: dict[str, tuple[float, Reward]] = {}
     for term in terms:
         name = term.name or _default_name(term.text)
         if name in weighted:
             raise HeelerError(f"two terms of the reward {spec!r} are called {name!r}: name them, as in a={term.text}")
-        weighted[name] = (term.weight, _load(term.text, device))
+        weighted[name] = (term.weight, _load(term.text, device, precision))
     return WeightedSum(weighted)
 
 
@@ -191,11 +192,11 @@ def _is_classifier(term: str) -> bool:
     return bool(term) and os.path.isfile(Path(term) / "config.json")  # a long term is no error here, as in pathlib
 
 
-def _load(term: str, device: str) -> Reward:
+def _load(term: str, device: str, precision: Literal["fp32", "bf16"]) -> Reward:
     if _is_classifier(term):
-        return ClassifierReward(term, device=device)
+        return ClassifierReward(term, device=device, precision=precision)
     if term.startswith("model:"):
-        return ClassifierReward(term.removeprefix("model:"), device=device)
+        return ClassifierReward(term.removeprefix("model:"), device=device, precision=precision)
     if term.startswith(("http://", "https://")):
         server = HTTPReward(term)
         server.check()

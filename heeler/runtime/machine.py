@@ -42,6 +42,14 @@ def _seconds_per_product(dtype: Any, size: int = 512, repeats: int = 3) -> float
     return best
 
 
+def product_rate(precision: Literal["fp32", "bf16"]) -> float:
+    """Operations a second of a product of 1024 x 1024 matrices on the CPU, with torch's threads."""
+    import torch
+
+    size = 1024
+    return 2.0 * size**3 / _seconds_per_product(torch.bfloat16 if precision == "bf16" else torch.float32, size, 5)
+
+
 def choose_precision(wanted: Precision, device: str) -> tuple[Literal["fp32", "bf16"], str]:
     """The precision to compute in, and one sentence that says why.
 
@@ -73,6 +81,11 @@ def choose_device(wanted: str) -> str:
             raise HeelerError(f"there is no device {wanted!r} here ({reason}): use --device cpu, or auto") from error
         return wanted
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def has_fused_adam(device: str) -> bool:
+    """Whether torch's Adam takes a step in one pass over the weights there: else it takes several, with a loop."""
+    return device.partition(":")[0] in ("cpu", "cuda")
 
 
 def set_threads(threads: int | None) -> int:

@@ -324,9 +324,10 @@ def build_text_run(
     machine.set_threads(config.threads)
     machine.seed_everything(config.seed)
     device = machine.choose_device(config.device)
+    precision, why = machine.choose_precision(config.precision, device)
     scorer: Reward
     if reward is None:
-        scorer = load_reward(config.reward, device)
+        scorer = load_reward(config.reward, device, precision)
     elif callable(reward) and hasattr(reward, "__name__"):
         scorer = FunctionReward(reward, getattr(reward, "__name__", "reward"))  # pyright: ignore
     else:
@@ -337,7 +338,6 @@ def build_text_run(
     tokenizer = loading.load_tokenizer(config.model)
 
     model = loading.load_language_model(config.model).to(device)
-    precision, why = machine.choose_precision(config.precision, device)
     room = loading.prompt_room(model, config.sampling.max_new_tokens, value_after=config.truncation == "bootstrap")
     source = prompts if prompts is not None else config.prompts
     loaded = load_prompts(source, tokenizer, max_tokens=room) if len(source) else None
@@ -389,7 +389,9 @@ def build_text_run(
     for group in groups:
         group["lr"] = group["base_lr"] = rates[group["name"]]
         group["starts_at"] = config.critic_warmup if group["name"] == "policy" else 0
-    optimizer = torch.optim.AdamW(groups, betas=config.adam_betas, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        groups, betas=config.adam_betas, weight_decay=config.weight_decay, fused=machine.has_fused_adam(device)
+    )
     state = TrainState(
         policy=policy,
         optimizer=optimizer,

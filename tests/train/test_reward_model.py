@@ -77,6 +77,9 @@ def test_batching_by_length_changes_nothing(encoder: str, tmp_path: Path) -> Non
     texts = ["good", "the bad film the good a poor film", "a film", "fine fine fine"]
     one = ClassifierReward(str(tmp_path / "rm"), batch_tokens=1).logits(texts)
     torch.testing.assert_close(ClassifierReward(str(tmp_path / "rm")).logits(texts), one, atol=1e-5, rtol=1e-5)
+    rounded = ClassifierReward(str(tmp_path / "rm"), precision="bf16").logits(texts)
+    torch.testing.assert_close(rounded, one, atol=0.05, rtol=0.05)
+    assert not torch.equal(rounded, one)
 
 
 def test_labels_of_one_class_are_refused(encoder: str) -> None:
