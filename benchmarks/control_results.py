@@ -13,6 +13,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean
@@ -148,6 +149,11 @@ def picture(runs: list[dict[str, Any]], file: Path) -> None:
     figure.savefig(file, dpi=100)
 
 
+def machines(runs: list[dict[str, Any]]) -> str:
+    counts = Counter(run["hardware"] for run in runs)
+    return "; ".join(f"{name} ({count})" for name, count in counts.most_common())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recipes", nargs="+", default=[r for r in RECIPES if r not in ("pong", "breakout")])
@@ -162,17 +168,17 @@ def main() -> None:
         with ThreadPoolExecutor(arguments.parallel) as pool:
             for recipe, seed in jobs:
                 pool.submit(train, recipe, seed, arguments.runs / f"{recipe}-{seed}", arguments.extra)
-    kept = json.loads(DATA.read_text()) if DATA.exists() else {"hardware": hardware(), "runs": []}
+    kept = json.loads(DATA.read_text()) if DATA.exists() else {"runs": []}
     known = {(r["recipe"], r["seed"]): r for r in kept["runs"]}
     for folder in sorted(arguments.runs.glob("*-*")):
         recipe = folder.name.rpartition("-")[0]
         if recipe in GOALS and (folder / "policy").exists() and "eval/after" in (folder / "summary.json").read_text():
             run = read(recipe, folder)
-            known[recipe, run["seed"]] = run
+            known[recipe, run["seed"]] = {**run, "hardware": hardware()}
     runs = [known[key] for key in sorted(known)]
     DATA.parent.mkdir(parents=True, exist_ok=True)
     rows = ",\n".join(json.dumps(r) for r in runs)
-    DATA.write_text(f'{{"hardware": {json.dumps(hardware())}, "runs": [\n{rows}\n]}}\n')
+    DATA.write_text(f'{{"runs": [\n{rows}\n]}}\n')
     if not runs:
         sys.exit("no complete run yet")
     picture(runs, ROOT / "docs" / "images" / "control_curves.png")
@@ -180,7 +186,7 @@ def main() -> None:
         "## Control and games: `heeler ppo RECIPE`",
         "",
         "Made by `python benchmarks/control_results.py`. Each run had one thread, two or three side by side.",
-        f"Hardware: {hardware()}.",
+        "Hardware, and how many runs it made: " + machines(runs) + ".",
         f"Returns are raw and undiscounted, of the most likely actions, over {runs[0]['episodes']:.0f} episodes of",
         "the last policy (not the best one of the run), observation statistics frozen. In brackets 95 % bootstrap",
         "intervals over seeds. What is asked was measured by others, on older versions of some environments.",

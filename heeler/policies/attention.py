@@ -12,6 +12,7 @@ transformers makes where there is a mask (docs/benchmarks/decoding_parts.md).
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -64,13 +65,13 @@ def short_rows(
     shared = heads // groups
     q = query.float().reshape(batch * groups, shared * asked, width)  # heads of a group lie side by side
     k, v = (part.float().reshape(batch * groups, columns, part.shape[-1]) for part in (key, value))
-    scale = width**-0.5 if scale is None else scale
+    factor: float = 1 / math.sqrt(width) if scale is None else scale
     lowest = torch.finfo(torch.float32).min
     with torch.autocast("cpu", enabled=False):
         if mask is None and causal:
-            logits = torch.baddbmm(_causal(asked, columns, shared), q, k.transpose(1, 2), alpha=scale)
+            logits = torch.baddbmm(_causal(asked, columns, shared), q, k.transpose(1, 2), alpha=factor)
         else:
-            logits = torch.bmm(q * scale, k.transpose(1, 2))
+            logits = torch.bmm(q * factor, k.transpose(1, 2))
         if mask is not None:
             if mask.dtype == torch.bool:  # few numbers: the heads share it
                 mask = torch.zeros(mask.shape).masked_fill_(~mask, lowest)

@@ -49,7 +49,8 @@ def test_micro_batches_keep_groups_together_within_the_budget(rows, budget, seed
     order = torch.cat(batches)
     assert sorted(order.tolist()) == list(range(len(rows)))
     for batch in batches:
-        assert len(batch) == 1 or len(batch) * int(costs[batch].max()) <= budget
+        allowed = budget * (5 / 4 if batch is batches[-1] else 1)
+        assert len(batch) == 1 or len(batch) * int(costs[batch].max()) <= allowed
     met = groups[order].tolist()
     assert len([g for g, before in zip(met, [None, *met], strict=False) if g != before]) == len(set(met))
 
@@ -79,13 +80,18 @@ def costed_items(draw):
 
 
 def microbatches_loop(items, costs, budget):
-    """Longest first; each next item joins while its padded row still fits."""
+    """Longest first; each next item joins while its padded row still fits, and all that is left within a quarter more."""
     batches = []
-    for item in sorted(items, key=lambda i: -costs[i]):
-        if batches and (len(batches[-1]) + 1) * max(costs[batches[-1][0]], 1) <= budget:
-            batches[-1].append(item)
-        else:
-            batches.append([item])
+    waiting = sorted(items, key=lambda i: -costs[i])
+    while waiting:
+        longest = max(costs[waiting[0]], 1)
+        batch = [waiting.pop(0)]
+        if (1 + len(waiting)) * longest <= 1.25 * budget:
+            batch += waiting
+            waiting = []
+        while waiting and (len(batch) + 1) * longest <= budget:
+            batch.append(waiting.pop(0))
+        batches.append(batch)
     return batches
 
 
@@ -97,7 +103,8 @@ def test_microbatches_equal_their_plain_loop_and_keep_the_budget(data, budget):
     assert batches == microbatches_loop(items, costs, budget)
     assert sorted(i for batch in batches for i in batch) == sorted(items)
     for batch in batches:
-        assert len(batch) == 1 or len(batch) * max(costs[i] for i in batch) <= budget
+        allowed = budget * (5 / 4 if batch is batches[-1] else 1)
+        assert len(batch) == 1 or len(batch) * max(costs[i] for i in batch) <= allowed
 
 
 @st.composite
