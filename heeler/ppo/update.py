@@ -52,9 +52,9 @@ class PPOConfig:
             a decision, global); None never stops.
         loss_denominator: None divides by the global sum of weights (the token mean, or the sequence mean, as the
             weights say); a number divides by it (Dr. GRPO).
-        token_budget: padded tokens (or steps) in one forward and backward pass, which bounds the memory (a last pass may
-            be a quarter larger, in place of a small one more); None takes
-            1,024 on a CPU, where larger passes gain no speed, and 8,192 elsewhere.
+        token_budget: padded tokens (or steps) in one forward and backward pass, which bounds the memory; a last pass
+            may be a quarter larger, in place of a small one more. None takes 1,024 on a CPU, where larger passes gain
+            no speed, and 8,192 elsewhere.
         ratio_tolerance: how far the mean |ratio - 1| of the very first minibatch may lie from 0.
     """
 

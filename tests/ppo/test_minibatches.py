@@ -80,7 +80,7 @@ def costed_items(draw):
 
 
 def microbatches_loop(items, costs, budget):
-    """Longest first; each next item joins while its padded row still fits, and all that is left within a quarter more."""
+    """Longest first; each next item joins while its padded row fits, and all that is left within a quarter more."""
     batches = []
     waiting = sorted(items, key=lambda i: -costs[i])
     while waiting:
