@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # How far engine and trainer, or policy and reference at the start, may lie apart: mean nats a token.
 LOGPROB_TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}
+ROUNDING = 1e-5  # nats a token: nearer log-probabilities of the same weights are equal, but for the paths they took
 PROBED = 4  # sequences, or an eighth, that the trainer scores too where the engine's log-probabilities are taken
 
 
@@ -83,9 +84,11 @@ def make_score(run: TextRun) -> Callable[[Rollout, TrainState], tuple[ScoredRoll
         if run.trusts_engine or inputs.trunk_states is not None:  # which are the engine's too
             gaps.append(probe(policy, inputs, behavior))
         gap = max((gap.abs() for gap in gaps), key=lambda gap: float(gap.mean().nan_to_num(torch.inf)))
-        kl = kl_estimate(old, ref, config.kl_estimator)
-        sequence_kl = segment_sums(kl_estimate(old, ref, "k1"), rollout.offsets)
         check_paths(gap, old - ref, state.step, tolerance)
+        # A policy that has not moved pays no penalty: Adam would make whole steps of the gradient of rounding errors.
+        apart = torch.where((old - ref).abs() > ROUNDING, ref, old)
+        kl = kl_estimate(old, apart, config.kl_estimator)
+        sequence_kl = segment_sums(kl_estimate(old, ref, "k1"), rollout.offsets)
         cut = rollout.truncated
         nothing = torch.zeros_like(cut)
         withheld = cut if bootstrapping and run.rewards_are_scores else nothing
