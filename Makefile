@@ -63,6 +63,7 @@ benchmark: $(STAMP)
 	$(BIN)/python benchmarks/training_step.py
 	$(BIN)/python benchmarks/sampling_speed.py
 	$(BIN)/python benchmarks/decoding_parts.py
+	$(BIN)/python benchmarks/training_attention.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/control_speed.py
 

@@ -72,7 +72,7 @@ class Effort:
 
 EFFORTS = (
     Effort(800e9, reward_tokens=1_200_000, updates=36, lr=2e-4),  # AMX
-    Effort(260e9, reward_tokens=700_000, updates=28, lr=2.3e-4),  # AVX-512 with bf16, or more cores
+    Effort(260e9, reward_tokens=700_000, updates=28, lr=2.5e-4),  # AVX-512 with bf16, or more cores
     Effort(0.0, reward_tokens=400_000, updates=14, lr=3e-4),
 )
 
