@@ -72,7 +72,7 @@ class Effort:
 
 EFFORTS = (
     Effort(800e9, reward_tokens=1_200_000, updates=36, lr=2e-4),  # AMX
-    Effort(260e9, reward_tokens=700_000, updates=28, lr=2.5e-4),  # AVX-512 with bf16, or more cores
+    Effort(260e9, reward_tokens=700_000, updates=24, lr=2.5e-4),  # AVX-512 with bf16, or more cores
     Effort(0.0, reward_tokens=400_000, updates=14, lr=3e-4),
 )
 
@@ -152,7 +152,7 @@ class IMDB:
         out: the run folder; runs/imdb where None.
         seed: of every draw.
         updates: PPO updates; None takes what fits into ten minutes by the rate of a product measured at start: 36, or
-            28 and 14 with larger learning rates.
+            24 and 14 with larger learning rates.
         threads: CPU threads; None takes all.
         full_reward: use the reward model of `heeler reward imdb --full`.
         eval_every: evaluate each N updates; 0 evaluates before and after only.
