@@ -70,7 +70,7 @@ class SFTConfig:
         sample_prompts: held-out prompts that are completed after training, for samples.jsonl.
         sample_tokens: length cap of these completions.
         activation_checkpointing: layers keep only their input for the backward pass and are computed again in it: less
-            memory, about a third more time.
+            memory, a forward pass more.
         precision: "auto" measures; fp32 or bf16.
         device: "auto" takes a GPU where there is one.
         threads: CPU threads; None takes all.

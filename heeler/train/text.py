@@ -89,7 +89,7 @@ class TextConfig:
             pass. "auto" takes the native engine's in fp32, where both agree to a few millionths of a nat.
         share_prompts: read a prompt once for all its samples, in the native engine and in the trainer's forward passes.
         activation_checkpointing: layers keep only their input for the backward pass and are computed again in it: less
-            memory, about a third more time in the update.
+            memory, a forward pass more in the update.
         precision: "auto" measures; fp32 or bf16.
         device: "auto" takes a GPU where there is one.
         threads: CPU threads; None takes all.
