@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,18 +45,18 @@ def ways(length: int, dtype: torch.dtype) -> dict[str, Way]:
         query, key, value = (leaf.transpose(1, 2) for leaf in leaves)
         return short_rows(query, key, value, None, None, causal=True)
 
-    def both_passes(attend: object) -> Way:
+    def both_passes(attend: Callable[[], Tensor]) -> Way:
         def run() -> None:
             for leaf in leaves:
                 leaf.grad = None
-            attend().backward(cotangent)  # pyright: ignore
+            attend().backward(cotangent)
 
         return run
 
-    def forward(attend: object) -> Way:
+    def forward(attend: Callable[[], Tensor]) -> Way:
         def run() -> None:
             with torch.no_grad():
-                attend()  # pyright: ignore
+                attend()
 
         return run
 

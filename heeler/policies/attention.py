@@ -5,7 +5,7 @@ Both read the heads of a group, which share keys and values, as the queries of o
     [B, heads, T, D] -> [B, groups, heads / groups * T, D]        against keys `[B, groups, S, D]`
 
 Where a query sees few keys, attention is two products of small matrices and a softmax between them. torch's blocked
-kernel is made for rows of thousands of tokens: on short ones its backward pass takes up to six times as long
+kernel is made for rows of thousands of tokens: in bf16 it takes up to 5.6 times as long for both passes of short ones
 (docs/benchmarks/training_attention.md). Single tokens that see many keys take torch's kernel, without the copies that
 transformers makes where there is a mask (docs/benchmarks/decoding_parts.md).
 """
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 NAME = "heeler"
-SHORT = 128  # keys up to which plain products are faster
+SHORT = 128  # keys up to which plain products are as fast or faster, both passes together
 
 
 def attention(

@@ -55,7 +55,7 @@ def smollm2_folder(show: bool = True) -> Path:
 
 @dataclass(frozen=True)
 class Effort:
-    """What a demo of ten minutes holds on a machine.
+    """What a demo of about ten minutes holds on a machine.
 
     Attributes:
         rate: operations a second of a large product, from which on it is chosen.
@@ -151,7 +151,7 @@ class IMDB:
     Attributes:
         out: the run folder; runs/imdb where None.
         seed: of every draw.
-        updates: PPO updates; None takes what fits into ten minutes by the rate of a product measured at start: 36, or
+        updates: PPO updates; None chooses for about ten minutes by the rate of a product measured at start: 36, or
             24 and 14 with larger learning rates.
         threads: CPU threads; None takes all.
         full_reward: use the reward model of `heeler reward imdb --full`.

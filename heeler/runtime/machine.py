@@ -83,9 +83,9 @@ def choose_device(wanted: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def has_fused_adam(device: str) -> bool:
-    """Whether torch's Adam takes a step in one pass over the weights there: else it takes several, with a loop."""
-    return device.partition(":")[0] in ("cpu", "cuda")
+def fused_adam(device: str) -> bool | None:
+    """`fused` of torch's Adam: one pass over the weights a step where it is known to work; None: torch chooses."""
+    return True if device.partition(":")[0] in ("cpu", "cuda") else None
 
 
 def set_threads(threads: int | None) -> int:

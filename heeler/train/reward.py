@@ -284,7 +284,7 @@ def train_reward_model(
         [{"params": encoder, "lr": config.lr}, {"params": head, "lr": config.head_lr}],
         betas=(0.9, 0.98),
         weight_decay=0.01,
-        fused=machine.has_fused_adam("cpu"),
+        fused=machine.fused_adam("cpu"),
     )
     peaks = [group["lr"] for group in optimizer.param_groups]
     rng = random.Random(config.seed)

@@ -236,7 +236,7 @@ def build_sft_run(
     group = policy.parameter_groups()[0]
     optimizer = torch.optim.AdamW(
         group["params"], lr=config.lr, betas=config.adam_betas, weight_decay=config.weight_decay,
-        fused=machine.has_fused_adam(device),
+        fused=machine.fused_adam(device),
     )  # fmt: skip
     targets = sum(sum(e.is_target) for e in train)
     notes = [

@@ -390,7 +390,7 @@ def build_text_run(
         group["lr"] = group["base_lr"] = rates[group["name"]]
         group["starts_at"] = config.critic_warmup if group["name"] == "policy" else 0
     optimizer = torch.optim.AdamW(
-        groups, betas=config.adam_betas, weight_decay=config.weight_decay, fused=machine.has_fused_adam(device)
+        groups, betas=config.adam_betas, weight_decay=config.weight_decay, fused=machine.fused_adam(device)
     )
     state = TrainState(
         policy=policy,

@@ -17,9 +17,9 @@ from heeler.rollout.engines.hf import HFEngine
 from heeler.rollout.engines.native import NativeEngine
 from heeler.rollout.engines.packing import can_pack
 from heeler.types import Request, Sampling
+from tests.marks import needs_packing
 from tests.tiny import save_tiny_model
 
-needs_packing = pytest.mark.skipif(not can_pack(torch.zeros(1)), reason="there are no packed products here")
 CONFIGS = {
     "llama": transformers.LlamaConfig,
     "mistral": transformers.MistralConfig,

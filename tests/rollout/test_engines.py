@@ -10,15 +10,17 @@ from unittest import mock
 import pytest
 import torch
 
+from heeler.policies.attention import use_fast_attention
 from heeler.policies.language_model import LanguageModelPolicy, TopLayers, ValueHead
 from heeler.policies.loading import load_causal_lm
 from heeler.rollout.engines.batch import PART_TOKENS, similar_lengths
 from heeler.rollout.engines.draws import draw_seed, sample
 from heeler.rollout.engines.hf import HFEngine
 from heeler.rollout.engines.native import NativeEngine
-from heeler.rollout.engines.packing import Blocks, can_pack, library_for
+from heeler.rollout.engines.packing import Blocks, library_for
 from heeler.rollout.text import final_states, pack, prompts_of_update
 from heeler.types import Completion, HeelerError, Request, Sampling
+from tests.marks import needs_packing
 from tests.tiny import ARCHITECTURES, save_tiny_model
 
 PROMPTS = [[5, 6, 7], [9], [11, 12, 13, 14, 15, 16], [20, 21], [30, 31, 32, 33]]
@@ -139,9 +141,6 @@ def test_waiting_requests_take_the_rows_of_those_that_ended(architecture: str, t
     assert {c.finish_reason for c in together} == {"stop", "length"}
 
 
-needs_packing = pytest.mark.skipif(not can_pack(torch.zeros(1)), reason="there are no packed products here")
-
-
 @pytest.mark.parametrize("library", ["mkl", "onednn"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("bias", [False, True])
@@ -158,8 +157,9 @@ def test_products_of_blocks_are_products(library: str, dtype: torch.dtype, bias:
         torch.testing.assert_close(blocks(x), expected, atol=1e-5 if dtype == torch.float32 else 0.1, rtol=1e-2)
 
 
+@needs_packing
 @pytest.mark.parametrize(
-    ("processor", "dtype", "library"),
+    ("maker", "dtype", "library"),
     [
         ("vendor_id : GenuineIntel", torch.float32, "mkl"),
         ("vendor_id : AuthenticAMD", torch.float32, "onednn"),
@@ -167,9 +167,9 @@ def test_products_of_blocks_are_products(library: str, dtype: torch.dtype, bias:
         ("vendor_id : AuthenticAMD", torch.float64, None),
     ],
 )
-def test_whose_blocks(processor: str, dtype: torch.dtype, library: str | None) -> None:
+def test_whose_blocks(maker: str, dtype: torch.dtype, library: str | None) -> None:
     with (
-        mock.patch("heeler.rollout.engines.packing._processor", return_value=processor),
+        mock.patch("heeler.rollout.engines.packing._maker", return_value=maker),
         mock.patch("platform.machine", return_value="x86_64"),
         mock.patch("torch.ops.mkldnn._is_mkldnn_bf16_supported", return_value=True),
         mock.patch("torch.backends.mkl.is_available", return_value=True),
@@ -396,3 +396,11 @@ def test_a_prompt_that_repeats_in_an_update_is_sampled_anew(tiny_llama: str) -> 
     assert len({tuple(row.tolist()) for row in rollout.actions.reshape(8, 12)}) == 8
     assert torch.equal(collector.collect(0).actions, rollout.actions)
     assert not torch.equal(collector.collect(1).actions, rollout.actions)
+
+
+def test_the_reference_engine_attends_as_transformers_does(tiny_llama: str) -> None:
+    model = load_causal_lm(tiny_llama)
+    use_fast_attention(model)
+    with mock.patch("heeler.policies.attention.short_rows") as ours:
+        HFEngine(model, eos_ids=[]).generate([Request(prompt=[3, 4], seed=0)], Sampling(max_new_tokens=2))
+    assert not ours.called

@@ -21,7 +21,9 @@ from heeler.policies.loading import load_causal_lm, load_tokenizer
 from heeler.rewards.classifier import ClassifierReward
 from heeler.rewards.specs import load_reward
 from heeler.train.reward import LabelledTexts, PreferencePairs, accuracy, calibration_error, train_reward_model
+from heeler.train.text import build_text_run
 from heeler.types import HeelerError
+from tests.runs import small
 from tests.tiny import samples_of, save_tiny_model
 
 WORDS = ["good", "fine", "bad", "poor", "film", "the", "a"]
@@ -80,6 +82,15 @@ def test_batching_by_length_changes_nothing(encoder: str, tmp_path: Path) -> Non
     rounded = ClassifierReward(str(tmp_path / "rm"), precision="bf16").logits(texts)
     torch.testing.assert_close(rounded, one, atol=0.05, rtol=0.05)
     assert not torch.equal(rounded, one)
+
+
+def test_a_classifier_computes_in_the_runs_precision(encoder: str, tiny_llama: str, tmp_path: Path) -> None:
+    data = LabelledTexts(TEXTS, LABELS, load_tokenizer(encoder))
+    config = RewardConfig(model=encoder, tokens=200, lengths=(8,), threads=1)
+    train_reward_model(config, data, {}, tmp_path / "rm", show=False)
+    for precision in ("fp32", "bf16"):
+        run = build_text_run(small(tiny_llama, tmp_path / "run", reward=str(tmp_path / "rm"), precision=precision))
+        assert isinstance(run.reward, ClassifierReward) and run.reward.precision == precision
 
 
 def test_labels_of_one_class_are_refused(encoder: str) -> None:

@@ -27,17 +27,18 @@ Library = Literal["mkl", "onednn"]
 
 
 @lru_cache(maxsize=1)
-def _processor() -> str:
-    """Its maker, as the system names it: "GenuineIntel", "AuthenticAMD", ..."""
+def _maker() -> str:
+    """What the system says of the processor's maker: it holds "GenuineIntel", "AuthenticAMD", ..."""
     information = Path("/proc/cpuinfo")
-    return information.read_text(encoding="utf-8") if information.exists() else platform.processor()
+    lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
+    return next((line for line in lines if line.startswith("vendor_id")), platform.processor())
 
 
 def library_for(weight: Tensor) -> Library | None:
     """Whose blocks are the fastest for such a weight; None where this torch and this machine have none for it."""
     if weight.device.type != "cpu" or platform.machine().lower() not in ("x86_64", "amd64"):
         return None
-    if weight.dtype == torch.float32 and "GenuineIntel" in _processor():
+    if weight.dtype == torch.float32 and "GenuineIntel" in _maker():
         return "mkl" if torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear") else None
     known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     if weight.dtype == torch.bfloat16:
@@ -73,7 +74,6 @@ class _Packed:
     """A layer that has blocks of its weight for inputs of `rows` rows, and is an ordinary layer for all others."""
 
     blocks: Blocks | None = None
-    rows: int = 0
     weight: Tensor
     bias: Tensor | None
 
@@ -82,11 +82,10 @@ class _Packed:
         return self.weight.detach()
 
     def pack(self, rows: int) -> None:
-        self.blocks, self.rows = Blocks(self.matrix().contiguous(), self.bias, rows), rows
+        self.blocks = Blocks(self.matrix().contiguous(), self.bias, rows)
 
     def forward(self, x: Tensor) -> Tensor:
-        matrix = self.matrix()
-        if self.blocks is None or x.numel() != self.rows * matrix.shape[1]:
+        if self.blocks is None or x.numel() != self.blocks.rows * x.shape[-1]:
             return super().forward(x)  # pyright: ignore
         return self.blocks(x)
 
@@ -120,7 +119,6 @@ class Joined:
     def __init__(self, *layers: nn.Linear) -> None:
         self.layers = layers
         self.blocks: Blocks | None = None
-        self.rows = 0
         self.outputs = [layer.out_features for layer in layers]
 
     def pack(self, rows: int) -> None:
@@ -129,18 +127,18 @@ class Joined:
         biases = [layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias.detach()
                   for layer in self.layers]  # fmt: skip
         bias = torch.cat(biases) if any(layer.bias is not None for layer in self.layers) else None
-        self.blocks, self.rows = Blocks(weight, bias, rows), rows
+        self.blocks = Blocks(weight, bias, rows)
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[rows, outputs of all]` from `[rows, inputs]`."""
-        if self.blocks is not None and len(x) == self.rows:
+        if self.blocks is not None and len(x) == self.blocks.rows:
             return self.blocks(x)
         parts = self.each(x)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def each(self, x: Tensor) -> list[Tensor]:
         """`[rows, outputs]` of each layer: views of the packed product, or plain products that nobody joins."""
-        if self.blocks is not None and len(x) == self.rows:
+        if self.blocks is not None and len(x) == self.blocks.rows:
             return list(self(x).split(self.outputs, dim=-1))
         return [nn.functional.linear(x, layer.weight, layer.bias) for layer in self.layers]
 
@@ -188,5 +186,5 @@ class Packing:
     def release(self) -> None:
         """Drop the blocks."""
         for layer in self.layers:
-            layer.blocks, layer.rows = None, 0
+            layer.blocks = None
         self.rows = 0
