@@ -426,6 +426,8 @@ class SampleCommand:
         prompt: a prompt; repeat the flag for more.
         max_new_tokens: length cap.
         temperature: of sampling; 0 takes the most likely tokens.
+        top_k: draw from the k most likely tokens; 0 for all.
+        top_p: draw from the fewest of the most likely tokens whose probabilities sum to p; 1 for all.
         seed: of the draws.
         chat: apply the model's chat template to each prompt.
     """
@@ -433,6 +435,8 @@ class SampleCommand:
     prompt: tuple[str, ...]
     max_new_tokens: int = 64
     temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
     seed: int = 0
     chat: bool = False
 

@@ -261,17 +261,23 @@ class Reduce(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn in training: always from the full distribution at one temperature.
+    """How tokens are drawn.
 
     Attributes:
         max_new_tokens: the length cap, in tokens.
         temperature: logits are divided by it, in the engine, the trainer and the reference alike.
+        top_k: only the k most likely tokens can be drawn; 0 for all. Training takes no other: its ratio compares the
+            probabilities of the full distribution, which are not those that a cut one draws with.
+        top_p: only the fewest of the most likely tokens whose probabilities sum to p can be drawn (Holtzman et al.,
+            1904.09751), after `top_k`; 1 for all, and for training as above.
         stop: a completion ends where one of these strings appears in it, as at an end of sequence. The tokens that
             spell it are decisions; the text that rewards see ends before it.
     """
 
     max_new_tokens: int = 64
     temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
     stop: tuple[str, ...] = ()
 
 

@@ -124,15 +124,19 @@ def test_numbers_below_their_least(
     assert not (workplace / "run").exists()
 
 
-def test_temperature_0_samples_the_most_likely_tokens(tiny_llama: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_temperature_0_and_top_1_sample_the_most_likely_tokens(tiny_llama: str, capsys: pytest.CaptureFixture[str]) -> None:
     texts = []
     for seed in ("1", "2"):
         words = ["sample", tiny_llama, "--prompt", "ab", "--max-new-tokens", "5", "--temperature", "0", "--seed", seed]
         assert main(words) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
-    assert main(["sample", tiny_llama, "--prompt", "ab", "--temperature", "-1"]) == 2
-    assert "--temperature must be at least 0" in capsys.readouterr().err
+    assert main([*words[:6], "--top-k", "1"]) == 0  # the one token that is left, at any temperature
+    assert capsys.readouterr().out == texts[0]
+    refused = {("--temperature", "-1"): "at least 0", ("--top-k", "-1"): "at least 0", ("--top-p", "0"): "above 0"}
+    for (flag, value), says in refused.items():
+        assert main(["sample", tiny_llama, "--prompt", "ab", flag, value]) == 2
+        assert f"{flag} must be {says}" in capsys.readouterr().err
 
 
 def test_files_and_models_that_are_not_there(

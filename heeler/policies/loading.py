@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +207,21 @@ def seq2seq_lengths(model: Any) -> tuple[int | None, int | None]:
     )
 
 
+@contextmanager
+def _gguf_read_once() -> Iterator[None]:
+    """Keep the parsed file and the table of names, which transformers makes anew for each part and each weight."""
+    import gguf
+
+    whole = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    try:
+        for name, made in whole.items():
+            setattr(gguf, name, cache(made))
+        yield
+    finally:
+        for name, made in whole.items():
+            setattr(gguf, name, made)
+
+
 def convert_gguf(folder: Path, gguf_file: str, destination: Path) -> None:
     """De-quantise a GGUF file into a plain transformers folder, written aside and renamed."""
     import shutil
@@ -213,8 +231,9 @@ def convert_gguf(folder: Path, gguf_file: str, destination: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     quiet_transformers()
-    loaded = AutoModelForCausalLM.from_pretrained(str(folder), gguf_file=gguf_file, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), gguf_file=gguf_file)
+    with _gguf_read_once():
+        loaded = AutoModelForCausalLM.from_pretrained(str(folder), gguf_file=gguf_file, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), gguf_file=gguf_file)
     config = type(loaded.config).from_dict(loaded.config.to_dict())
     if hasattr(config, "quantization_config"):
         delattr(config, "quantization_config")

@@ -66,7 +66,15 @@ def sample_model(path: str, command: Any) -> list[str]:
     from heeler.train.run import at_least
     from heeler.types import Request
 
-    at_least({"--temperature": (command.temperature, 0), "--max-new-tokens": (command.max_new_tokens, 1)})
+    at_least(
+        {
+            "--temperature": (command.temperature, 0),
+            "--max-new-tokens": (command.max_new_tokens, 1),
+            "--top-k": (command.top_k, 0),
+        }
+    )
+    if not 0 < command.top_p <= 1:
+        raise HeelerError(f"--top-p must be above 0 and at most 1, not {command.top_p}")
     machine.keep_freed_memory()
     machine.set_threads(None)
     tokenizer, model = loading.load_tokenizer(path), loading.load_language_model(path)
@@ -75,5 +83,10 @@ def sample_model(path: str, command: Any) -> list[str]:
     prompts = load_prompts(source, tokenizer, max_tokens=room)
     engine = native_engine(model, eos_ids=loading.end_of_sequence_ids(model, tokenizer))
     requests = [Request(prompt=t, seed=draw_seed(command.seed, i)) for i, t in enumerate(prompts.tokens)]
-    sampling = Sampling(max_new_tokens=command.max_new_tokens, temperature=command.temperature or GREEDY)
+    sampling = Sampling(
+        max_new_tokens=command.max_new_tokens,
+        temperature=command.temperature or GREEDY,
+        top_k=command.top_k,
+        top_p=command.top_p,
+    )
     return [decode(tokenizer, completion) for completion in engine.generate(requests, sampling)]

@@ -277,6 +277,7 @@ def train_reward_model(
     torch.manual_seed(config.seed)
     tokenizer = train.texts.tokenizer
     precision, _ = machine.choose_precision(config.precision, "cpu")
+    computing = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
     model = loading.load_classifier(config.model, num_labels=1)
     model.config.pad_token_id = tokenizer.pad_token_id  # a causal model looks for its last token by it
     encoder, head = _parts(model, config.frozen_layers)
@@ -304,7 +305,7 @@ def train_reward_model(
             order += more
         items, order = order[: config.batch_size], order[config.batch_size :]
         batch = tokenizer.pad({"input_ids": train.draw(items, config, rng)}, return_tensors="pt")
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with computing:
             output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         loss = train.loss(items, output.logits[:, 0].float(), config)
         if not torch.isfinite(loss):
@@ -328,18 +329,21 @@ def train_reward_model(
     score: dict[str, Any] = {"kind": train.kind, "scale": 1.0, "shift": 0.0}
     if isinstance(train, PreferencePairs) and config.normalize:
         chosen = [train.texts.row(2 * i) for i in range(min(len(train), 1000))]
-        scores = score_rows(model, tokenizer, chosen, label="normalising", show=show)
+        with computing:
+            scores = score_rows(model, tokenizer, chosen, label="normalising", show=show)
         score["scale"] = 1 / max(float(scores.std(correction=0)), 1e-6)
         score["shift"] = -float(scores.mean()) * score["scale"]
     setattr(model.config, loading.SCORE_KEY, score)
     figures, plots = {}, {}
     for name, (data, length) in tests.items():
         if isinstance(data, PreferencePairs):
-            pairs = pair_scores(model, data, show)
+            with computing:
+                pairs = pair_scores(model, data, show)
             figures[name] = pair_figures(pairs)
             plots[name] = (pairs * score["scale"] + score["shift"]).T.tolist()
         else:
-            figures[name] = accuracy(model, data, length, show)
+            with computing:
+                figures[name] = accuracy(model, data, length, show)
     report = {
         "config": to_json(config),
         "precision": precision,

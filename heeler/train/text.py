@@ -320,6 +320,12 @@ def build_text_run(
             "--ppo.minibatches": (config.ppo.minibatches, 1),
         }
     )
+    if config.sampling.top_k != 0 or config.sampling.top_p != 1.0:
+        raise HeelerError(
+            f"--sampling.top-k {config.sampling.top_k} and --sampling.top-p {config.sampling.top_p} are for"
+            " heeler sample: PPO compares the probabilities of all tokens before and after, and a cut distribution"
+            " draws with others; leave them at 0 and 1, and give a lower --sampling.temperature"
+        )
     machine.keep_freed_memory()
     machine.set_threads(config.threads)
     machine.seed_everything(config.seed)

@@ -14,7 +14,7 @@ from heeler.policies.attention import use_fast_attention
 from heeler.policies.language_model import LanguageModelPolicy, TopLayers, ValueHead
 from heeler.policies.loading import load_causal_lm
 from heeler.rollout.engines.batch import PART_TOKENS, similar_lengths
-from heeler.rollout.engines.draws import draw_seed, sample
+from heeler.rollout.engines.draws import cut, draw_seed, sample
 from heeler.rollout.engines.hf import HFEngine
 from heeler.rollout.engines.native import NativeEngine
 from heeler.rollout.engines.packing import Blocks, library_for
@@ -359,12 +359,39 @@ def test_the_draw_follows_the_distribution() -> None:
     """Pearson's statistic of 20,000 draws over 6 tokens, and no draw of an impossible token."""
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0, 0.5, -torch.inf])
     u = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
-    tokens, logprobs = sample(logits.expand(20_000, 6), u, 1.0)
+    tokens, logprobs = sample(logits.expand(20_000, 6), u, Sampling())
     expected = logits.softmax(-1)[:5] * 20_000
     counts = torch.bincount(tokens, minlength=6)
     assert int(counts[5]) == 0
     assert float(((counts[:5] - expected) ** 2 / expected).sum()) < 18.5  # 0.1 % quantile at 4 degrees of freedom
     torch.testing.assert_close(logprobs, logits.log_softmax(-1)[tokens])
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (0, 0.7), (5, 0.6), (0, 1e-6), (1, 1.0), (99, 1.0)])
+def test_top_k_and_top_p_are_those_of_transformers(top_k: int, top_p: float) -> None:
+    """The same support, the probabilities of the draws are renormalised over it, and nothing outside is drawn."""
+    from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+    logits = torch.randn(7, 40, generator=torch.Generator().manual_seed(1)) * 2
+    expected = logits / 0.8
+    if 0 < top_k:
+        expected = TopKLogitsWarper(top_k)(torch.zeros(0), expected)  # pyright: ignore
+    if top_p < 1:
+        expected = TopPLogitsWarper(top_p)(torch.zeros(0), expected)  # pyright: ignore
+    torch.testing.assert_close(cut(logits / 0.8, top_k, top_p), expected)
+    rows, u = logits.repeat_interleave(50, 0), torch.linspace(0, 1 - 2**-24, 50).repeat(7)
+    tokens, logprobs = sample(rows, u, Sampling(temperature=0.8, top_k=top_k, top_p=top_p))
+    wanted = expected.log_softmax(-1).repeat_interleave(50, 0).gather(1, tokens[:, None])[:, 0]
+    assert torch.isfinite(logprobs).all()
+    torch.testing.assert_close(logprobs, wanted)
+
+
+def test_engines_draw_from_the_cut_distribution_alike(tiny_llama: str) -> None:
+    sampling = Sampling(max_new_tokens=12, top_k=9, top_p=0.8)
+    reference = HFEngine(load_causal_lm(tiny_llama), eos_ids=[]).generate(requests(), sampling)
+    same(NativeEngine(load_causal_lm(tiny_llama), eos_ids=[]).generate(requests(), sampling), reference)
+    full = NativeEngine(load_causal_lm(tiny_llama), eos_ids=[]).generate(requests(), Sampling(max_new_tokens=12))
+    assert [c.tokens for c in full] != [c.tokens for c in reference]
 
 
 def test_updates_walk_through_every_prompt_once_an_epoch() -> None:

@@ -32,7 +32,7 @@ def plain_loop(
             output = model(
                 input_ids=torch.tensor([request.prompt]), decoder_input_ids=torch.tensor([written]), use_cache=False
             )
-        token, logprob = sample(output.logits[:, -1], u[:, t], sampling.temperature, bias)
+        token, logprob = sample(output.logits[:, -1], u[:, t], sampling, bias)
         written.append(int(token))
         logprobs.append(float(logprob))
         stop_string = None if written[-1] in eos else stops.hit(written[1:])

@@ -89,6 +89,14 @@ def test_a_masked_run_samples_allowed_tokens_only(tiny_llama: str, tmp_path: Pat
     assert numbers(tmp_path / "run")[-1]["reward/mean"] > numbers(tmp_path / "run")[0]["reward/mean"]
 
 
+@pytest.mark.parametrize("cut", [{"top_k": 5}, {"top_p": 0.9}], ids=str)
+def test_a_cut_distribution_is_refused_in_training(tiny_llama: str, tmp_path: Path, cut: dict[str, Any]) -> None:
+    config = small(tiny_llama, tmp_path / "run", sampling=Sampling(max_new_tokens=4, **cut))
+    with pytest.raises(HeelerError, match=r"--sampling.top-k .* are for heeler sample"):
+        train_text(config, prompts=PROMPTS, reward=vowels, show=False)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("trunk", [None, 2])
 def test_stop_strings_end_completions(tiny_llama: str, trunk: int | None) -> None:
     """As soon as the text holds one; the slow engine and a search over the whole text agree."""

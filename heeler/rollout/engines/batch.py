@@ -101,7 +101,7 @@ class Draws:
 
     Args:
         requests: in the order of the rows.
-        sampling: length cap, temperature and stop strings.
+        sampling: how they are drawn, the length cap and the stop strings.
         engine: its ends of sequence, token bias, tokenizer and progress.
 
     Attributes:
@@ -112,7 +112,7 @@ class Draws:
 
     def __init__(self, requests: Sequence[Request], sampling: Sampling, engine: BatchEngine) -> None:
         count, self.cap = len(requests), sampling.max_new_tokens
-        self.temperature, self.engine = sampling.temperature, engine
+        self.sampling, self.engine = sampling, engine
         self.stops = StopStrings(engine.tokenizer, sampling.stop)
         self.stop_strings: list[str | None] = [None] * count
         self.uniforms = uniforms([r.seed for r in requests], self.cap)
@@ -129,7 +129,7 @@ class Draws:
         """
         live = ~self.finished[rows]
         at = self.counts[rows].clamp(max=self.cap - 1)
-        drawn, logprobs = sample(logits, self.uniforms[rows, at], self.temperature, self.engine.token_bias)
+        drawn, logprobs = sample(logits, self.uniforms[rows, at], self.sampling, self.engine.token_bias)
         going, at = rows[live], at[live]
         self.tokens[going, at], self.logprobs[going, at] = drawn.cpu()[live], logprobs.cpu()[live]
         self.counts[going] += 1

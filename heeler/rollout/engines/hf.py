@@ -65,7 +65,7 @@ class HFEngine(WeightReceiver):
         logprobs: list[Tensor] = []
 
         def draw(input_ids: Tensor, scores: Tensor) -> Tensor:
-            drawn, drawn_logprobs = sample(scores, u[:, len(tokens)], sampling.temperature, self.token_bias)
+            drawn, drawn_logprobs = sample(scores, u[:, len(tokens)], sampling, self.token_bias)
             tokens.append(drawn.cpu())
             logprobs.append(drawn_logprobs.cpu())
             return torch.full_like(scores, -torch.inf).scatter_(1, drawn[:, None], 0.0)

@@ -138,6 +138,8 @@ class VLLMEngine(WeightReceiver):
         params = [
             self.sampling_params(
                 temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                top_p=sampling.top_p,
                 max_tokens=sampling.max_new_tokens,
                 seed=request.seed,
                 stop=list(sampling.stop) or None,
