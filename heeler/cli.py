@@ -453,7 +453,8 @@ def _sample(words: list[str]) -> int:
     from heeler.policies.loading import is_seq2seq
     from heeler.train.report import sample_model
 
-    between = " -> " if is_seq2seq(path) else ""  # a translation does not go on where its source ends
+    # neither a translation nor an answer goes on where the prompt ends
+    between = " -> " if is_seq2seq(path) else "\n" if chosen.chat else ""
     for prompt, text in zip(chosen.prompt, sample_model(path, chosen), strict=True):
         print(f"{prompt}{between}\033[1m{text}\033[0m" if sys.stdout.isatty() else f"{prompt}{between}{text}")
     return 0

@@ -124,7 +124,9 @@ def test_numbers_below_their_least(
     assert not (workplace / "run").exists()
 
 
-def test_temperature_0_and_top_1_sample_the_most_likely_tokens(tiny_llama: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_temperature_0_and_top_1_sample_the_most_likely_tokens(
+    tiny_llama: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     texts = []
     for seed in ("1", "2"):
         words = ["sample", tiny_llama, "--prompt", "ab", "--max-new-tokens", "5", "--temperature", "0", "--seed", seed]

@@ -64,7 +64,7 @@ def sample_model(path: str, command: Any) -> list[str]:
     from heeler.rollout.text import decode
     from heeler.runtime import machine
     from heeler.train.run import at_least
-    from heeler.types import Request
+    from heeler.types import HeelerError, Request
 
     at_least(
         {
