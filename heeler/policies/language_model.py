@@ -362,6 +362,10 @@ class LanguageModelPolicy:
             {"name": "critic", "params": [p for _, p in self._critic_named()]},
         ]
 
+    def networks(self) -> list[nn.Module]:
+        """The language model, and what the critic has of its own."""
+        return [self.model, *([] if self.critic_body is None else [self.critic_body]), self.value_network]
+
     def _critic_named(self) -> Iterator[tuple[str, nn.Parameter]]:
         if self.critic_body is not None:
             for name, parameter in self.critic_body.named_parameters():

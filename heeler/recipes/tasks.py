@@ -15,6 +15,7 @@ from typing import Any, Literal
 from heeler.data.questions import country_questions
 from heeler.data.reasoning import reasoning_gym_prompts
 from heeler.policies.language_model import TopLayers
+from heeler.policies.loading import load_tokenizer
 from heeler.ppo.advantages import AdvantageConfig
 from heeler.ppo.kl import FixedKL
 from heeler.ppo.schedules import Schedule
@@ -33,13 +34,15 @@ class Task:
 
     Attributes:
         options: its own configuration.
-        answer_tokens: length cap of an answer.
+        answer_tokens: length cap of an answer. Questions whose worked answer is longer are left out.
         examples: worked examples of the fine-tuning.
         prompts: questions of an update; each is answered `samples` times, and read once for all of them.
         samples: answers to each.
         updates: PPO updates.
         balanced: fine-tuning and PPO see every answer equally often, so that guessing the commonest one does not pay;
             the held-out questions are as they come.
+        worked: answers are worked out before they are given, after "####", as in GSM8K (Cobbe et al., 2110.14168);
+            fine-tuning shows the task's own solutions.
     """
 
     options: dict[str, Any]
@@ -49,13 +52,14 @@ class Task:
     samples: int = 8
     updates: int = 30
     balanced: bool = False
+    worked: bool = False
 
 
 TASKS = {
     "chain_sum": Task(
         options={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}, answer_tokens=6, examples=600
     ),
-    "gsm_symbolic": Task(options={}, answer_tokens=6, examples=600, prompts=16),
+    "gsm_symbolic": Task(options={}, answer_tokens=80, examples=1500, prompts=16, updates=20, worked=True),
     "syllogism": Task(options={}, answer_tokens=3, examples=400, balanced=True),
     "knights_knaves": Task(
         options={"n_people": 2, "depth_constraint": 2, "width_constraint": 2},
@@ -67,6 +71,7 @@ TASKS = {
 
 PROMPTS = 2000  # that PPO asks about
 FIRST_LINE = r"reasoning-gym(^\s*([^\n]*))"  # of the completion is the answer
+AFTER_MARK = r"reasoning-gym(####\s*([^\n]*))"  # stands the answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +125,10 @@ def run_arithmetic(recipe: Arithmetic, show: bool = True) -> Path:
     # row i of seed s is row i + 1 of seed s - 1 in Reasoning Gym, so seeds lie far apart
     rows = _distinct(reasoning_gym_prompts(recipe.task, size, seed=recipe.seed * 1_000_000, **task.options))
     rows = [{**r, "prompt": _asked(r["prompt"])} for r in rows]
+    if task.worked:
+        tokenizer = load_tokenizer(str(smollm2_folder(show)))
+        lengths = [len(ids) for ids in tokenizer([_solved(r, task) for r in rows])["input_ids"]]
+        rows = [r for r, length in zip(rows, lengths, strict=True) if length < task.answer_tokens]
     random.Random(recipe.seed).shuffle(rows)  # what is drawn often came first
     if len(rows) < examples + recipe.eval_prompts + task.prompts:
         raise HeelerError(
@@ -129,13 +138,13 @@ def run_arithmetic(recipe: Arithmetic, show: bool = True) -> Path:
     held_out, rest = rows[: recipe.eval_prompts], rows[recipe.eval_prompts :]
     if task.balanced:
         rest = _balanced(rest)
-    solved = [{"prompt": r["prompt"], "completion": f" {r['answer']}"} for r in rest[:examples]]
+    solved = [{"prompt": r["prompt"], "completion": _solved(r, task)} for r in rest[:examples]]
     prompts = rest[examples : examples + PROMPTS]  # PPO asks what fine-tuning did not teach
     config = TextConfig(
         model=str(out / "sft"),
         prompts=write_rows(out / "data" / "prompts.jsonl", prompts),
         eval_prompts=write_rows(out / "data" / "held_out.jsonl", held_out),
-        reward=FIRST_LINE,
+        reward=AFTER_MARK if task.worked else FIRST_LINE,
         out=str(out / "ppo"),
         seed=recipe.seed,
         updates=task.updates if recipe.updates is None else recipe.updates,
@@ -180,6 +189,11 @@ _PPO: dict[str, Any] = {
     "ppo": PPOConfig(epochs=2, minibatches=2, shuffle="prompts", target_kl=0.05, token_budget=8192),
     "engine_rows": 256,
 }
+
+
+def _solved(row: dict[str, Any], task: Task) -> str:
+    """What fine-tuning shows after the question."""
+    return f" {row['entry']['metadata']['answer_cot'] if task.worked else row['answer']}"
 
 
 def _asked(question: str) -> str:

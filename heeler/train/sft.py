@@ -35,6 +35,7 @@ from heeler.runtime import machine
 from heeler.runtime.configs import from_json, to_json
 from heeler.runtime.progress import progress, say
 from heeler.runtime.runs import RunFolder
+from heeler.train.optimizers import AdamW, make_adamw
 from heeler.train.run import default_out, interruptible, new_folder
 from heeler.types import CheckFailed, HeelerError, Request, Sampling
 
@@ -59,6 +60,8 @@ class SFTConfig:
         trainable: which weights are trained.
         lr: peak learning rate of AdamW.
         lr_schedule: its course; warm-up counts updates.
+        optimizer: AdamW with its moments in 32 bits, or in 8 (adamw8bit, by bitsandbytes): 6 bytes less a trained
+            weight.
         adam_betas, weight_decay: of AdamW.
         max_grad_norm: gradients are scaled down to it.
         token_budget: tokens of one forward pass, padding included.
@@ -90,6 +93,7 @@ class SFTConfig:
     trainable: Full | TopLayers | Annotated[LoRA, tyro.conf.subcommand("lora")] = Full()
     lr: float = 2e-5
     lr_schedule: Schedule = Schedule(shape="cosine", warmup=5, end=0.1)
+    optimizer: AdamW = "adamw"
     adam_betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -234,9 +238,9 @@ def build_sft_run(
     if config.activation_checkpointing:
         policy.checkpoint_activations()
     group = policy.parameter_groups()[0]
-    optimizer = torch.optim.AdamW(
-        group["params"], lr=config.lr, betas=config.adam_betas, weight_decay=config.weight_decay,
-        fused=machine.fused_adam(device),
+    optimizer = make_adamw(
+        config.optimizer, [{"params": group["params"], "lr": config.lr}], policy.networks(), device=device,
+        betas=config.adam_betas, weight_decay=config.weight_decay,
     )  # fmt: skip
     targets = sum(sum(e.is_target) for e in train)
     notes = [

@@ -41,6 +41,7 @@ from heeler.runtime.progress import progress
 from heeler.runtime.reduce import LocalReduce
 from heeler.runtime.runs import RunFolder
 from heeler.train.evaluate import Evaluation, evaluate_text
+from heeler.train.optimizers import AdamW, make_adamw
 from heeler.train.ppo import Score, TrainState, UpdateReport
 from heeler.train.run import Run, at_least, begin, default_out, new_folder, restore, resume
 from heeler.train.scoring import make_score
@@ -77,6 +78,8 @@ class TextConfig:
         critic_warmup: updates at the beginning that train the critic only.
         lr_schedule: their course over the run.
         clip_schedule, entropy_schedule: factors on clip range and entropy coefficient over the run.
+        optimizer: AdamW with its moments in 32 bits, or in 8 (adamw8bit, by bitsandbytes): 6 bytes less a trained
+            weight.
         adam_betas: of AdamW.
         weight_decay: of AdamW.
         advantage: GAE.
@@ -123,6 +126,7 @@ class TextConfig:
     lr_schedule: Schedule = Schedule()
     clip_schedule: Schedule = Schedule()
     entropy_schedule: Schedule = Schedule()
+    optimizer: AdamW = "adamw"
     adam_betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     advantage: AdvantageConfig = AdvantageConfig()
@@ -395,9 +399,10 @@ def build_text_run(
     for group in groups:
         group["lr"] = group["base_lr"] = rates[group["name"]]
         group["starts_at"] = config.critic_warmup if group["name"] == "policy" else 0
-    optimizer = torch.optim.AdamW(
-        groups, betas=config.adam_betas, weight_decay=config.weight_decay, fused=machine.fused_adam(device)
-    )
+    optimizer = make_adamw(
+        config.optimizer, groups, policy.networks(), device=device, betas=config.adam_betas,
+        weight_decay=config.weight_decay,
+    )  # fmt: skip
     state = TrainState(
         policy=policy,
         optimizer=optimizer,

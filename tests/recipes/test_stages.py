@@ -96,10 +96,36 @@ def test_answers_of_reasoning_gym_are_taken_from_the_first_line() -> None:
 
     reward = load_reward(tasks.FIRST_LINE)
     for name, task in tasks.TASKS.items():
+        if task.worked:
+            continue
         row = reasoning_gym_prompts(name, 1, seed=3, **task.options)[0]
         texts = [f" {row['answer']}", f" {row['answer']}\nThe next line", "", " something else"]
         columns = {key: [row[key]] * 4 for key in ("answer", "task", "entry")}
         assert reward(samples_of([row["prompt"]] * 4, texts, **columns)).scores.tolist()[:3] == [1.0, 1.0, 0.0]
+
+
+def test_worked_answers(tiny_smollm2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fine-tuning shows solutions that fit under the cap; what stands after the mark counts, and only there."""
+    from heeler.rewards.specs import load_reward
+    from tests.tiny import samples_of
+
+    cap = 150
+    monkeypatch.setitem(tasks.TASKS, "gsm_symbolic", replace(tasks.TASKS["gsm_symbolic"], answer_tokens=cap))
+    monkeypatch.setattr(tasks, "PROMPTS", 150)
+    recipe = tasks.Arithmetic(
+        task="gsm_symbolic", out=str(tmp_path / "run"), examples=16, updates=1, eval_prompts=16, threads=1
+    )
+    out = tasks.run_arithmetic(recipe)
+    tokenizer, reward = load_tokenizer(tiny_smollm2), load_reward(tasks.AFTER_MARK)
+    solved = [json.loads(line) for line in (out / "data" / "solved.jsonl").read_text().splitlines()]
+    assert all(len(tokenizer(row["completion"])["input_ids"]) < cap for row in solved)
+    held_out = [json.loads(line) for line in (out / "data" / "held_out.jsonl").read_text().splitlines()]
+    for row in held_out:
+        cot = row["entry"]["metadata"]["answer_cot"]
+        assert len(tokenizer(f" {cot}")["input_ids"]) < cap
+        columns = {key: [row[key]] * 4 for key in ("answer", "task", "entry")}
+        texts = [f" {cot}", f"#### 1\n#### {row['answer']}", f" {row['answer']}", f"{cot}7"]
+        assert reward(samples_of([row["prompt"]] * 4, texts, **columns)).scores.tolist() == [1.0, 1.0, 0.0, 0.0]
 
 
 def test_questions_on_countries() -> None:
