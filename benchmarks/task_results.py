@@ -42,7 +42,7 @@ TITLES = {
     "chain_sum": "Sums of Reasoning Gym (chain_sum)",
     "syllogism": "Syllogisms of Reasoning Gym",
     "knights_knaves": "Knights and knaves of Reasoning Gym",
-    "gsm_symbolic": "GSM-symbolic of Reasoning Gym, worked out in at most 80 tokens",
+    "gsm_symbolic": "GSM-symbolic of Reasoning Gym, worked out in at most 64 tokens",
     "qa": "Questions about countries that no training question names",
     "translate": "English into French, JupyterLab's interface",
     "rlhf": "RLHF on movie reviews",

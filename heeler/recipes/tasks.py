@@ -59,7 +59,7 @@ TASKS = {
     "chain_sum": Task(
         options={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}, answer_tokens=6, examples=600
     ),
-    "gsm_symbolic": Task(options={}, answer_tokens=80, examples=1500, prompts=16, updates=20, worked=True),
+    "gsm_symbolic": Task(options={}, answer_tokens=64, examples=640, prompts=8, updates=25, worked=True),
     "syllogism": Task(options={}, answer_tokens=3, examples=400, balanced=True),
     "knights_knaves": Task(
         options={"n_people": 2, "depth_constraint": 2, "width_constraint": 2},

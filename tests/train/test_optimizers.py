@@ -53,7 +53,8 @@ def test_its_steps_are_adamws_to_a_few_percent() -> None:
 
 
 def test_matrices_have_8_bits_and_embeddings_and_vectors_32(model: str, tmp_path: Path) -> None:
-    run = train_text(eight_bit(model, tmp_path / "run", critic=SeparateCritic()), prompts=PROMPTS, reward=vowels, show=False)  # fmt: skip
+    config = eight_bit(model, tmp_path / "run", critic=SeparateCritic())
+    run = train_text(config, prompts=PROMPTS, reward=vowels, show=False)
     names = {id(p): name for network in run.policy.networks() for name, p in network.named_parameters()}
     kept = {names[id(p)]: state["state1"].dtype for p, state in run.state.optimizer.state.items()}
     assert kept["model.embed_tokens.weight"] == torch.float32
