@@ -61,6 +61,7 @@ results: $(STAMP)
 benchmark: $(STAMP)
 	$(BIN)/python benchmarks/update_speed.py
 	$(BIN)/python benchmarks/training_step.py
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/sampling_speed.py
 	$(BIN)/python benchmarks/decoding_parts.py
 	$(BIN)/python benchmarks/training_attention.py

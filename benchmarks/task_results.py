@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
@@ -28,6 +29,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 from pages import hardware, replace_section  # noqa: E402
 
+from heeler.runtime.configs import to_json  # noqa: E402
+from heeler.train.reward import RewardConfig  # noqa: E402
+from heeler.train.reward_run import RewardTask  # noqa: E402
+from heeler.train.sft import SFTConfig  # noqa: E402
+from heeler.train.text import TextConfig  # noqa: E402
+
 COMMANDS = {
     "chain_sum": ("ppo", "arithmetic", "--task", "chain_sum"),
     "syllogism": ("ppo", "arithmetic", "--task", "syllogism"),
@@ -42,7 +49,7 @@ TITLES = {
     "chain_sum": "Sums of Reasoning Gym (chain_sum)",
     "syllogism": "Syllogisms of Reasoning Gym",
     "knights_knaves": "Knights and knaves of Reasoning Gym",
-    "gsm_symbolic": "GSM-symbolic of Reasoning Gym, worked out in at most 64 tokens",
+    "gsm_symbolic": "GSM-symbolic of Reasoning Gym, worked out in at most 48 tokens",
     "qa": "Questions about countries that no training question names",
     "translate": "English into French, JupyterLab's interface",
     "rlhf": "RLHF on movie reviews",
@@ -90,11 +97,13 @@ OF_TASK = {
 SHOWN = ("reward/solved", "reward/solved/greedy", "reward", "reward/greedy", "length", "kl/ref")
 
 
-def _settings(config: Any) -> Any:
-    """A config without the files, folders and seeds of one run."""
+def _settings(config: Any, default: Any = None) -> Any:
+    """What a config chose: without the files, folders and seeds of one run, and without what is as it is by default."""
     if not isinstance(config, dict):
         return config
-    return {key: _settings(value) for key, value in config.items() if key not in OF_THE_RUN}
+    default = default if isinstance(default, dict) and default.get("type") == config.get("type") else {}
+    chosen = {key: _settings(value, default.get(key)) for key, value in config.items() if key not in OF_THE_RUN}
+    return {key: value for key, value in chosen.items() if key == "type" or value != _settings(default.get(key))}
 
 
 def read(task: str, seed: int, folder: Path) -> dict[str, Any]:
@@ -105,12 +114,18 @@ def read(task: str, seed: int, folder: Path) -> dict[str, Any]:
             stages[name].pop("kl/ref", None)  # a base model is no KL away from itself
     minutes = {"ppo": json.loads((folder / "ppo" / "summary.json").read_text())["seconds/ppo"] / 60, "before": 0.0}
     settings: dict[str, Any] = {}
-    for stage in ("sft", "reward", "ppo"):
+    defaults = {
+        "sft": SFTConfig(model=""),
+        "reward": RewardTask(training=RewardConfig(model="")),
+        "ppo": TextConfig(model=""),
+    }
+    for stage, default in defaults.items():
         if (folder / stage / "summary.json").exists():
             saved = json.loads((folder / stage / "config.json").read_text())["config"]
-            settings[stage] = _settings(saved)
+            settings[stage] = _settings(saved, to_json(default))
             if stage != "ppo":
                 minutes["before"] += json.loads((folder / stage / "summary.json").read_text())["seconds"] / 60
+    ppo = json.loads((folder / "ppo" / "config.json").read_text())["config"]
     rows = [json.loads(line) for line in (folder / "ppo" / "metrics.jsonl").read_text().splitlines()]
     held_out = folder / "data" / "held_out.jsonl"
     questions = [json.loads(line) for line in held_out.read_text().splitlines()] if held_out.exists() else []
@@ -119,8 +134,10 @@ def read(task: str, seed: int, folder: Path) -> dict[str, Any]:
         "task": task,
         "seed": seed,
         "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12],
-        "setting": {key: settings["ppo"][key] for key in ("updates", "prompts_per_update", "samples_per_prompt")}
-        | {"shuffle": settings["ppo"]["ppo"]["shuffle"]},
+        "setting": {key: ppo[key] for key in ("updates", "prompts_per_update", "samples_per_prompt")}
+        | {"shuffle": ppo["ppo"]["shuffle"]},
+        "hardware": hardware(),
+        "threads": ppo["threads"] or os.cpu_count(),
         "minutes": {key: round(value, 1) for key, value in minutes.items()},
         "stages": {
             name: {key: round(figures[key], 4) for key in OF_TASK.get(task, SHOWN) if key in figures}
@@ -133,6 +150,18 @@ def read(task: str, seed: int, folder: Path) -> dict[str, Any]:
 
 def spread(values: list[float]) -> str:
     return f"{mean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
+
+
+def minutes(runs: list[dict[str, Any]]) -> str:
+    """How long the runs took, machine by machine."""
+    where: dict[tuple[str, int], list[dict[str, float]]] = {}
+    for run in runs:
+        where.setdefault((run["hardware"], run["threads"]), []).append(run["minutes"])
+    return "; ".join(
+        f"{mean(m['before'] for m in found):.0f} minutes before PPO and {mean(m['ppo'] for m in found):.0f} of PPO with"
+        f" {threads} thread{'s' * (threads > 1)} of {hardware} ({len(found)})"
+        for (hardware, threads), found in where.items()
+    )
 
 
 def section(task: str, runs: list[dict[str, Any]]) -> list[str]:
@@ -148,8 +177,7 @@ def section(task: str, runs: list[dict[str, Any]]) -> list[str]:
         "",
         f"`heeler {' '.join(COMMANDS[task])}`, seed{'s' * (len(runs) > 1)} {seeds}; {setting['updates']} updates of"
         f" {setting['prompts_per_update']} prompts with {setting['samples_per_prompt']} completions each, minibatches"
-        f" of {setting['shuffle']}. On one thread {mean(run['minutes']['before'] for run in runs):.0f} minutes before"
-        f" PPO and {mean(run['minutes']['ppo'] for run in runs):.0f} of PPO.",
+        f" of {setting['shuffle']}. {minutes(runs)}.",
         "",
         f"| figure | {' | '.join(names)} | change by PPO |",
         "|---" * (len(names) + 2) + "|",
@@ -235,13 +263,13 @@ def main() -> None:
     if not found:
         sys.exit(f"no complete run in {arguments.runs}")
     rows = ",\n".join(json.dumps(known[key]) for key in sorted(known))
-    DATA.write_text(f'{{"hardware": {json.dumps(hardware())}, "runs": [\n{rows}\n]}}\n')
+    DATA.write_text(f'{{"runs": [\n{rows}\n]}}\n')
     picture(found, ROOT / "docs" / "images" / "task_curves.png")
     lines = [
         "## Recipes of several stages",
         "",
-        f"Made by `python benchmarks/task_results.py`. Hardware: {hardware()}. Every run had one thread. The same"
-        " held-out prompts for every stage; ± is the standard deviation over seeds.",
+        "Made by `python benchmarks/task_results.py`. The same held-out prompts for every stage; ± is the standard"
+        " deviation over seeds; behind the machine stands how many of the runs it made.",
         "",
         *[line for task, runs in found.items() for line in section(task, runs)],
         "![Rewards of the rollouts over the updates](images/task_curves.png)",

@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -184,7 +184,10 @@ def heeler_updates(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         device="cpu",
         threads=job["threads"],
         checkpoint_every=1000,
+        **job.get("options", {}),
     )
+    if "token_budget" in job:
+        config = replace(config, ppo=replace(config.ppo, token_budget=job["token_budget"]))
     try:
         reward = None if job["reward_model"] else share_of_e
         train_text(config, prompts=job["prompts"], reward=reward, on_update=after_update, show=False)

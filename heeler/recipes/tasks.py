@@ -36,6 +36,7 @@ class Task:
         options: its own configuration.
         answer_tokens: length cap of an answer. Questions whose worked answer is longer are left out.
         examples: worked examples of the fine-tuning.
+        batch: of these in an update.
         prompts: questions of an update; each is answered `samples` times, and read once for all of them.
         samples: answers to each.
         updates: PPO updates.
@@ -43,23 +44,28 @@ class Task:
             the held-out questions are as they come.
         worked: answers are worked out before they are given, after "####", as in GSM8K (Cobbe et al., 2110.14168);
             fine-tuning shows the task's own solutions.
+        drawn: questions drawn for each that is wanted, since some are equal and some are too long.
     """
 
     options: dict[str, Any]
     answer_tokens: int
     examples: int
+    batch: int = 32
     prompts: int = 32
     samples: int = 8
     updates: int = 30
     balanced: bool = False
     worked: bool = False
+    drawn: int = 2
 
 
 TASKS = {
     "chain_sum": Task(
         options={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}, answer_tokens=6, examples=600
     ),
-    "gsm_symbolic": Task(options={}, answer_tokens=64, examples=640, prompts=8, updates=25, worked=True),
+    "gsm_symbolic": Task(
+        options={}, answer_tokens=48, examples=640, batch=8, prompts=8, updates=25, worked=True, drawn=5
+    ),
     "syllogism": Task(options={}, answer_tokens=3, examples=400, balanced=True),
     "knights_knaves": Task(
         options={"n_people": 2, "depth_constraint": 2, "width_constraint": 2},
@@ -121,7 +127,7 @@ def run_arithmetic(recipe: Arithmetic, show: bool = True) -> Path:
     out, task = claim(recipe.out, recipe.task, recipe), TASKS[recipe.task]
     examples = task.examples if recipe.examples is None else recipe.examples
     at_least({"--examples": (examples, 1), "--eval-prompts": (recipe.eval_prompts, 1)})
-    size = 2 * (examples + PROMPTS + recipe.eval_prompts)  # some are drawn twice
+    size = task.drawn * (examples + PROMPTS + recipe.eval_prompts)
     # row i of seed s is row i + 1 of seed s - 1 in Reasoning Gym, so seeds lie far apart
     rows = _distinct(reasoning_gym_prompts(recipe.task, size, seed=recipe.seed * 1_000_000, **task.options))
     rows = [{**r, "prompt": _asked(r["prompt"])} for r in rows]
@@ -154,7 +160,7 @@ def run_arithmetic(recipe: Arithmetic, show: bool = True) -> Path:
         sampling=Sampling(max_new_tokens=task.answer_tokens),
         **_PPO,
     )
-    return _train(out, solved, config, 1.0, show)
+    return _train(out, solved, config, 1.0, task.batch, show)
 
 
 def run_qa(recipe: QA, show: bool = True) -> Path:
@@ -176,7 +182,7 @@ def run_qa(recipe: QA, show: bool = True) -> Path:
         sampling=Sampling(max_new_tokens=12),
         **_PPO,
     )
-    return _train(out, solved, config, recipe.epochs, show)
+    return _train(out, solved, config, recipe.epochs, 32, show)
 
 
 _PPO: dict[str, Any] = {
@@ -186,7 +192,7 @@ _PPO: dict[str, Any] = {
     "critic_lr": 1e-3,
     "lr_schedule": Schedule(shape="linear", warmup=4, end=0.2),
     "advantage": AdvantageConfig(gamma=1.0, lam=1.0),
-    "ppo": PPOConfig(epochs=2, minibatches=2, shuffle="prompts", target_kl=0.05, token_budget=8192),
+    "ppo": PPOConfig(epochs=2, minibatches=2, shuffle="prompts", target_kl=0.05),
     "engine_rows": 256,
 }
 
@@ -213,7 +219,7 @@ def _balanced(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for turn in zip(*of_answer.values(), strict=False) for row in turn]
 
 
-def _train(out: Path, solved: list[dict[str, Any]], config: TextConfig, epochs: float, show: bool) -> Path:
+def _train(out: Path, solved: list[dict[str, Any]], config: TextConfig, epochs: float, batch: int, show: bool) -> Path:
     """Fine-tune on the solved questions, then PPO by `config`; figures of the base model and of both stages."""
     model = str(smollm2_folder(show))
     sft_stage(
@@ -223,6 +229,7 @@ def _train(out: Path, solved: list[dict[str, Any]], config: TextConfig, epochs: 
             out=str(out / "sft"),
             seed=config.seed,
             epochs=epochs,
+            examples_per_update=batch,
             trainable=TopLayers(layers=10),
             lr=2e-4,
             threads=config.threads,

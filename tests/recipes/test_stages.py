@@ -111,7 +111,7 @@ def test_worked_answers(tiny_smollm2: str, tmp_path: Path, monkeypatch: pytest.M
 
     cap = 150
     monkeypatch.setitem(tasks.TASKS, "gsm_symbolic", replace(tasks.TASKS["gsm_symbolic"], answer_tokens=cap))
-    monkeypatch.setattr(tasks, "PROMPTS", 150)
+    monkeypatch.setattr(tasks, "PROMPTS", 100)
     recipe = tasks.Arithmetic(
         task="gsm_symbolic", out=str(tmp_path / "run"), examples=16, updates=1, eval_prompts=16, threads=1
     )

@@ -1,0 +1,93 @@
+"""Peak memory of a PPO update of a 135M language model, and what each option that saves memory costs in time.
+
+    python benchmarks/memory.py [--out docs/benchmarks/memory.md]
+
+The updates are those of update_speed.py: 64 prompts with 24 sampled tokens each on SmolLM2-135M, every setting in a
+process of its own, one after the other, two updates each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from update_speed import HEELER, KL_COEF, LR, RESPONSE_TOKENS, System, cores, in_process, this_script
+
+from pages import hardware
+
+ROOT = Path(__file__).resolve().parents[1]
+EIGHT, AGAIN = {"optimizer": "adamw8bit"}, {"activation_checkpointing": True}
+WAYS: tuple[tuple[str, dict[str, Any], int], ...] = (
+    ("", {}, 1024),
+    ("--ppo.token-budget 512", {}, 512),
+    ("--activation-checkpointing", AGAIN, 1024),
+    ("--optimizer adamw8bit", EIGHT, 1024),
+    ("--optimizer adamw8bit --activation-checkpointing", EIGHT | AGAIN, 1024),
+    ("all three", EIGHT | AGAIN, 512),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks" / "memory.md")
+    parser.add_argument("--systems", nargs="+", default=["b", "c", "d"], choices=["b", "c", "d"])
+    parser.add_argument("--threads", type=int, default=cores())
+    arguments = parser.parse_args()
+    lines = [
+        "# Peak memory of an update",
+        "",
+        "SmolLM2-135M, one update of 64 prompts with 24 sampled tokens each, 1 epoch and 1 minibatch; the second of two"
+        " updates is timed. Peak memory is the resident memory of the whole process, Python and torch included"
+        f" ({baseline(arguments.threads):.2f} GiB after the imports).",
+        "",
+        "    python benchmarks/memory.py",
+        "",
+        f"Machine: {hardware()}. Threads: {arguments.threads}.",
+    ]
+    with tempfile.TemporaryDirectory(prefix="memory-") as folder:
+        made = in_process(this_script("prepare"), {"tiny": False, "folder": folder, "threads": arguments.threads})
+        for system in HEELER:
+            if system.key in arguments.systems:
+                lines += rows(system, made, arguments.threads)
+    text = "\n".join([*lines, ""])
+    arguments.out.write_text(text, encoding="utf-8")
+    print(text)
+
+
+def baseline(threads: int) -> float:
+    """GiB of a process that has imported what a run needs."""
+    import subprocess
+    import sys
+
+    code = "import heeler.train.text, transformers.models.llama; from heeler.runtime.machine import peak_memory_gib as p; print(p())"  # noqa: E501
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
+def rows(system: System, made: dict[str, Any], threads: int) -> list[str]:
+    lines = [
+        "",
+        f"## {system.name.removeprefix('Heeler, ').capitalize()}",
+        "",
+        "| options | peak memory, GiB | seconds an update | of these, update |",
+        "|---|---:|---:|---:|",
+    ]
+    for name, options, budget in WAYS:
+        job = made | vars(system) | {
+            "response_tokens": RESPONSE_TOKENS, "lr": LR, "kl_coef": KL_COEF, "threads": threads, "top_layers": 6,
+            "updates": 2, "options": options, "token_budget": budget,
+        }  # fmt: skip
+        found = in_process(this_script("heeler"), job)
+        cells = [max(found["peak_gib"]), found["seconds"][-1], found["update"][-1]]
+        lines.append(
+            f"| {f'`{name}`' if name.startswith('-') else name or 'none'} | "
+            + " | ".join(f"{c:.2f}" for c in cells)
+            + " |"
+        )  # noqa: E501
+        print(lines[-1], flush=True)
+    return lines
+
+
+if __name__ == "__main__":
+    main()
