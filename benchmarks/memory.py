@@ -13,9 +13,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from update_speed import HEELER, KL_COEF, LR, RESPONSE_TOKENS, System, cores, in_process, this_script
-
 from pages import hardware
+from update_speed import HEELER, KL_COEF, LR, RESPONSE_TOKENS, System, cores, in_process, this_script
 
 ROOT = Path(__file__).resolve().parents[1]
 EIGHT, AGAIN = {"optimizer": "adamw8bit"}, {"activation_checkpointing": True}
@@ -84,7 +83,7 @@ def rows(system: System, made: dict[str, Any], threads: int) -> list[str]:
             f"| {f'`{name}`' if name.startswith('-') else name or 'none'} | "
             + " | ".join(f"{c:.2f}" for c in cells)
             + " |"
-        )  # noqa: E501
+        )
         print(lines[-1], flush=True)
     return lines
 
