@@ -48,9 +48,9 @@ def make_adamw(
     require("bitsandbytes", "bnb")
     if device.partition(":")[0] not in ("cpu", "cuda"):
         raise HeelerError(f"--optimizer adamw8bit runs on cpu and cuda, not on {device}: use --optimizer adamw")
-    import bitsandbytes
+    from bitsandbytes.optim.adamw import AdamW8bit
 
-    optimizer = bitsandbytes.optim.AdamW8bit([dict(group) for group in groups], betas=betas, weight_decay=weight_decay)
+    optimizer = AdamW8bit([dict(group) for group in groups], betas=betas, weight_decay=weight_decay)
     for model in models:
         for module in model.modules():
             if isinstance(module, nn.Embedding):
