@@ -43,8 +43,8 @@ class Inputs(Protocol):
         decision_counts: `[I]` int64, the number of decisions of each item; decisions are stored item by item.
         costs: `[I]` int64, what an item costs in a forward pass (tokens, or steps), for the micro-batch budget.
         groups: `[I]` int64 from 0, the prompt of each item; None where items have no prompts.
-        neighbours: the same, where items of one prompt are cheaper side by side (a policy that `shares_prompts` then
-            keeps them so); None where they are not.
+        neighbours: `(group [I], shared [I])`, the groups again and the part of each cost that items of a group pay
+            once together (a policy that `shares_prompts` then keeps them side by side); None where they do not.
     """
 
     @property
@@ -54,7 +54,7 @@ class Inputs(Protocol):
     @property
     def groups(self) -> Tensor | None: ...
     @property
-    def neighbours(self) -> Tensor | None: ...
+    def neighbours(self) -> tuple[Tensor, Tensor] | None: ...
     def select(self, items: Tensor) -> Self:
         """The inputs of these items (`[J]` int64), in this order."""
         ...

@@ -158,12 +158,13 @@ class TokenInputs:
         return self.beginnings[1]
 
     @property
-    def neighbours(self) -> Tensor | None:
-        """`groups` where prompts repeat and are most of the tokens; elsewhere sorting by length saves more."""
+    def neighbours(self) -> tuple[Tensor, Tensor] | None:
+        """`groups` and the prompts' tokens, where prompts repeat and are most of the tokens; elsewhere sorting by
+        length saves more."""
         first, group = self.beginnings
         if len(group) == 0 or int(group.max()) + 1 == len(group) or 2 * int(first.sum()) <= len(self.tokens):
             return None
-        return group
+        return group, first
 
     def padded(self, *, include_last: bool = False) -> PaddedRows:
         """The rows of a forward pass. The last token of a sequence predicts nothing that was sampled, so it is

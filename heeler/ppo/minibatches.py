@@ -35,7 +35,9 @@ def shuffled_minibatches(
     return list(order.tensor_split(num_minibatches))
 
 
-def budgeted_microbatches(items: Tensor, costs: Tensor, budget: int, groups: Tensor | None = None) -> list[Tensor]:
+def budgeted_microbatches(
+    items: Tensor, costs: Tensor, budget: int, neighbours: tuple[Tensor, Tensor] | None = None
+) -> list[Tensor]:
     """Micro-batches of similar cost per item, each of at most `budget` after padding; the last of at most 5/4 of it.
 
     A rest that fits into the last quarter joins the micro-batch before it: a pass of a few rows reads all weights for
@@ -46,16 +48,13 @@ def budgeted_microbatches(items: Tensor, costs: Tensor, budget: int, groups: Ten
         items: `[J]` indices into `costs`.
         costs: `[I]` cost of every item.
         budget: rows * longest of a micro-batch, a quarter more in the last one.
-        groups: `[I]` numbers from 0; items of one group stay side by side, the groups sorted by their longest item.
+        neighbours: `(group [I], shared [I])`: items of one group stay side by side, the groups sorted by their longest
+            item, and pay the `shared` part of their cost once in a micro-batch; then the sum is what counts.
     """
     order = items[torch.argsort(costs[items], descending=True, stable=True)]
+    if neighbours is not None and len(order):
+        return _shared_microbatches(order, costs, budget, *neighbours)
     longest = costs[order]
-    if groups is not None and len(order):
-        of = groups[order]
-        longest_of = costs.new_zeros(int(of.max()) + 1).scatter_reduce(0, of, longest, "amax")
-        order = order[torch.argsort(of, stable=True)]
-        order = order[torch.argsort(longest_of[groups[order]], descending=True, stable=True)]
-        longest = longest_of[groups[order]]  # of the group: what comes later is no longer
     batches: list[Tensor] = []
     start = 0
     while start < len(order):
@@ -64,6 +63,30 @@ def budgeted_microbatches(items: Tensor, costs: Tensor, budget: int, groups: Ten
         batches.append(order[start : start + rows])
         start += rows
     return batches
+
+
+def _shared_microbatches(order: Tensor, costs: Tensor, budget: int, group: Tensor, shared: Tensor) -> list[Tensor]:
+    """Groups in the order of their longest item, cut between groups where they fit into the budget by themselves."""
+    of = group[order]
+    longest_of = costs.new_zeros(int(of.max()) + 1).scatter_reduce(0, of, costs[order], "amax")
+    order = order[torch.argsort(of, stable=True)]
+    order = order[torch.argsort(longest_of[group[order]], descending=True, stable=True)]
+    pieces: list[tuple[int, int]] = []  # items and cost of groups, or of parts of groups over the budget
+    before = None
+    for number, whole, once in torch.stack([group, costs, shared], 1)[order].tolist():
+        if number == before and pieces[-1][1] + whole - once <= budget:
+            pieces[-1] = pieces[-1][0] + 1, pieces[-1][1] + whole - once
+        else:
+            pieces.append((1, whole))
+        before = number
+    left, sizes, filled = sum(cost for _, cost in pieces), list[int](), budget
+    for size, cost in pieces:
+        if filled + cost > budget and not (sizes and 4 * (filled + left) <= 5 * budget):
+            sizes.append(0)
+            filled = 0
+        sizes[-1] += size
+        filled, left = filled + cost, left - cost
+    return list(order.split(sizes))
 
 
 def decision_indices(items: Tensor, decision_counts: Tensor) -> Tensor:

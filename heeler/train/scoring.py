@@ -66,7 +66,7 @@ def make_score(run: TextRun) -> Callable[[Rollout, TrainState], tuple[ScoredRoll
             torch.arange(len(inputs.lengths)),
             inputs.costs.cpu(),
             config.ppo.budget(device),
-            None if neighbours is None else neighbours.cpu(),
+            None if neighbours is None else (neighbours[0].cpu(), neighbours[1].cpu()),
         ):
             items = items.to(device)
             indices = decision_indices(items, inputs.decision_counts)

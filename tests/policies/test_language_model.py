@@ -446,7 +446,9 @@ def test_what_sharing_leaves_as_it_is() -> None:
 
 def test_samples_lie_side_by_side_where_the_prompt_is_most_of_the_work() -> None:
     inputs = groups()
-    assert inputs.neighbours is not None and inputs.neighbours.tolist() == inputs.groups.tolist()
+    assert inputs.neighbours is not None
+    group, shared = inputs.neighbours
+    assert group.tolist() == inputs.groups.tolist() and shared.tolist() == inputs.beginnings[0].tolist()
     answers = replace(inputs, lengths=inputs.lengths * 4, tokens=inputs.tokens.repeat_interleave(4))
     answers = replace(answers, is_decision=(answers.places[1] > 0))
     assert answers.neighbours is None

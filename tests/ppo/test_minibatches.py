@@ -1,5 +1,7 @@
 """Splitting a batch: every item once, within the budget, and back to its decisions."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -39,20 +41,33 @@ def test_groups_stay_together(num_groups, size, num_minibatches, seed):
 
 
 @given(
-    st.lists(st.tuples(st.integers(0, 4), st.integers(1, 9)), min_size=1, max_size=30), st.integers(1, 40),
-    st.integers(0, 5),
+    st.lists(st.tuples(st.integers(0, 4), st.integers(1, 9)), min_size=1, max_size=30), st.integers(1, 60),
+    st.integers(0, 9), st.integers(0, 5),
 )  # fmt: skip
-def test_micro_batches_keep_groups_together_within_the_budget(rows, budget, seed):
-    groups, costs = (torch.tensor(column) for column in zip(*rows, strict=True))
+def test_micro_batches_keep_groups_together_within_the_budget(rows, budget, prompt, seed):
+    """Each group pays its prompt once in a micro-batch, and is cut only where it is over the budget by itself."""
+    groups, own = (torch.tensor(column) for column in zip(*rows, strict=True))
+    shared = torch.full_like(own, prompt) + groups
+    costs = shared + own
     items = torch.randperm(len(rows), generator=seeded(seed))
-    batches = budgeted_microbatches(items, costs, budget, groups)
+    batches = budgeted_microbatches(items, costs, budget, (groups, shared))
     order = torch.cat(batches)
     assert sorted(order.tolist()) == list(range(len(rows)))
+
+    def cost(batch):
+        return int(own[batch].sum()) + sum(prompt + g for g in set(groups[batch].tolist()))
+
     for batch in batches:
-        allowed = budget * (5 / 4 if batch is batches[-1] else 1)
-        assert len(batch) == 1 or len(batch) * int(costs[batch].max()) <= allowed
+        assert len(batch) == 1 or cost(batch) <= budget * (5 / 4 if batch is batches[-1] else 1)
     met = groups[order].tolist()
     assert len([g for g, before in zip(met, [None, *met], strict=False) if g != before]) == len(set(met))
+    for g in set(met):
+        if cost((groups == g).nonzero()[:, 0]) <= budget:
+            assert sum(g in groups[batch].tolist() for batch in batches) == 1
+    for batch, after in pairwise(batches):  # full: what begins the next one would not have fitted
+        following = after[groups[after] == groups[after[0]]]
+        first = following if cost(following) <= budget else after[:1]
+        assert cost(torch.cat([batch, first])) > budget
 
 
 def test_the_generator_decides_the_order():

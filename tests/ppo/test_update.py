@@ -65,7 +65,7 @@ def test_neighbours_share_a_micro_batch_where_the_policy_shares_prompts(alike):
     policy, batch = policy_and_batch()
     costs = torch.full((8,), 3) if alike else batch.inputs.costs
     of_prompts = torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])
-    batch = replace(batch, inputs=replace(batch.inputs, neighbours=of_prompts, costs=costs))
+    batch = replace(batch, inputs=replace(batch.inputs, neighbours=(of_prompts, torch.zeros(8).long()), costs=costs))
     config = PPOConfig(epochs=1, minibatches=1, token_budget=2 * int(costs.max()))
     together = []
     for shares in (True, False):

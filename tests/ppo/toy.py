@@ -41,7 +41,7 @@ class ToyInputs:
     costs: Tensor
     names: Tensor
     groups: Tensor | None = None
-    neighbours: Tensor | None = None
+    neighbours: tuple[Tensor, Tensor] | None = None
 
     def select(self, items: Tensor) -> ToyInputs:
         rows = torch.tensor(rows_of(items.tolist(), self.decision_counts), dtype=torch.int64)
