@@ -210,14 +210,13 @@ def main() -> None:
         "backends": lambda: backends(1.0),
     }  # fmt: skip
     for name in arguments.only:
-        lines = sections[name]()
-        replace_section(PAGE, name, lines)
+        title, *table = sections[name]()
+        replace_section(PAGE, name, [title, "", f"Machine: {hardware()}.", *table])
     pins = "; ".join(f"{name}: {', '.join(packages)}" for name, packages in PACKAGES.items())
     head = [
         "# Speed in environments",
         "",
         "Made by `python benchmarks/control_speed.py`, section by section; every measurement is a process of its own.",
-        f"Hardware: {hardware()}.",
         "Steps/s are those of learning: imports, construction and evaluation are left out, logging is in.",
         f"Peers: {pins}.",
         "",

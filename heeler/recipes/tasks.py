@@ -64,7 +64,7 @@ TASKS = {
         options={"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}, answer_tokens=6, examples=600
     ),
     "gsm_symbolic": Task(
-        options={}, answer_tokens=48, examples=640, batch=8, prompts=8, updates=25, worked=True, drawn=5
+        options={}, answer_tokens=48, examples=640, batch=8, prompts=32, samples=2, updates=20, worked=True, drawn=5
     ),
     "syllogism": Task(options={}, answer_tokens=3, examples=400, balanced=True),
     "knights_knaves": Task(
