@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "peers")]
 
 from control_results import DATA, GOALS, interquartile_mean, interval  # noqa: E402
-from environments import PACKAGES, run_peer  # noqa: E402
+from environments import PACKAGES, peer_python, run_peer  # noqa: E402
 from pages import hardware, replace_section  # noqa: E402
 
 KEPT = ROOT / "docs" / "data" / "control_sb3.json"
@@ -77,8 +77,11 @@ def main() -> None:
     runs = json.loads(KEPT.read_text(encoding="utf-8"))["runs"] if KEPT.exists() else []
     kept = {(run["env"], run["seed"]): run for run in runs}
     jobs = [(env, seed) for seed in arguments.seeds for env in arguments.envs if (env, seed) not in kept]
+    if jobs:
+        peer_python("sb3")  # made before two runs look for it
     with ThreadPoolExecutor(arguments.parallel) as pool:
-        for found in pool.map(lambda job: train(*job), jobs):
+        for future in as_completed([pool.submit(train, *job) for job in jobs]):
+            found = future.result()
             kept[found["env"], found["seed"]] = found
             write(kept)
             print(found, flush=True)

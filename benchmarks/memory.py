@@ -38,7 +38,7 @@ def main() -> None:
         "",
         "SmolLM2-135M, one update of 64 prompts with 24 sampled tokens each, 1 epoch and 1 minibatch; the second of two"
         " updates is timed. Peak memory is the resident memory of the whole process, Python and torch included"
-        f" ({baseline(arguments.threads):.2f} GiB after the imports).",
+        f" ({baseline():.2f} GiB after the imports).",
         "",
         f"    python benchmarks/memory.py{'' if arguments.threads == cores() else f' --threads {arguments.threads}'}",
         "",
@@ -54,7 +54,7 @@ def main() -> None:
     print(text)
 
 
-def baseline(threads: int) -> float:
+def baseline() -> float:
     """GiB of a process that has imported what a run needs."""
     import subprocess
     import sys
@@ -66,7 +66,7 @@ def baseline(threads: int) -> float:
 def rows(system: System, made: dict[str, Any], threads: int) -> list[str]:
     lines = [
         "",
-        f"## {system.name.removeprefix('Heeler, ').capitalize()}",
+        f"## {system.name.removeprefix('Heeler, a').replace('ll', 'All', 1)}",
         "",
         "| options | peak memory, GiB | seconds an update | of these, update |",
         "|---|---:|---:|---:|",

@@ -427,7 +427,8 @@ class SampleCommand:
         max_new_tokens: length cap.
         temperature: of sampling; 0 takes the most likely tokens.
         top_k: draw from the k most likely tokens; 0 for all.
-        top_p: draw from the fewest of the most likely tokens whose probabilities sum to p; 1 for all.
+        top_p: draw from the fewest of the most likely tokens whose probabilities sum to at least p; 1 for
+            all.
         seed: of the draws.
         chat: apply the model's chat template to each prompt.
     """

@@ -266,10 +266,11 @@ class Sampling:
     Attributes:
         max_new_tokens: the length cap, in tokens.
         temperature: logits are divided by it, in the engine, the trainer and the reference alike.
-        top_k: only the k most likely tokens can be drawn; 0 for all. Training takes no other: its ratio compares the
-            probabilities of the full distribution, which are not those that a cut one draws with.
-        top_p: only the fewest of the most likely tokens whose probabilities sum to p can be drawn (Holtzman et al.,
-            1904.09751), after `top_k`; 1 for all, and for training as above.
+        top_k: only the k most likely tokens, and those as likely as the last of them, can be drawn; 0 for all.
+            Training takes no other: its ratio compares the probabilities of the full distribution, which are not
+            those that a cut one draws with.
+        top_p: only the fewest of the most likely tokens whose probabilities sum to at least p can be drawn (Holtzman
+            et al., 1904.09751), after `top_k`; 1 for all, and for training as above.
         stop: a completion ends where one of these strings appears in it, as at an end of sequence. The tokens that
             spell it are decisions; the text that rewards see ends before it.
     """

@@ -133,7 +133,7 @@ def test_temperature_0_and_top_1_sample_the_most_likely_tokens(
         assert main(words) == 0
         texts.append(capsys.readouterr().out)
     assert texts[0] == texts[1]
-    assert main([*words[:6], "--top-k", "1"]) == 0  # the one token that is left, at any temperature
+    assert main([*words[:6], "--top-k", "1"]) == 0  # of one token, at any temperature
     assert capsys.readouterr().out == texts[0]
     refused = {("--temperature", "-1"): "at least 0", ("--top-k", "-1"): "at least 0", ("--top-p", "0"): "above 0"}
     for (flag, value), says in refused.items():

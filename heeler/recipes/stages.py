@@ -25,14 +25,21 @@ from heeler.train.text import TextConfig, build_text_run, resume_text, train_tex
 from heeler.types import HeelerError
 
 
-def claim(folder: str | None, name: str, recipe: Any) -> Path:
-    """The recipe's folder, a new one where none is named.
+def claim(folder: str | None, name: str, recipe: Any, **settings: Any) -> Path:
+    """The recipe's folder, a new one where none is named; what it was begun with is kept there.
+
+    Args:
+        folder: the one that `--out` names.
+        name: of the recipe.
+        recipe: its options.
+        settings: what else decides the run, and may be another in another version.
 
     Raises:
         HeelerError: the folder belongs to a recipe with other options.
     """
     out = Path(folder or default_out(name))
-    said = {"recipe": name, **{key: value for key, value in vars(recipe).items() if key not in ("out", "threads")}}
+    options = {key: value for key, value in vars(recipe).items() if key not in ("out", "threads")}
+    said = {"recipe": name, **options, **settings}
     out.mkdir(parents=True, exist_ok=True)
     if {file.name for file in out.iterdir()} <= {"recipe.json"} or not (out / "recipe.json").exists():
         write_json(out / "recipe.json", said)

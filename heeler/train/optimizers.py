@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -29,7 +30,7 @@ def make_adamw(
     Args:
         kind: "adamw" is torch's, fused where it can be. "adamw8bit" keeps both moments in 8 bits with a scale for each
             256 of them (Dettmers et al., 2110.02861): 2 bytes a weight in place of 8. Tensors of fewer than 4,096
-            weights stay in 32 bits, and so do word embeddings, whose gradients 8 bits follow badly (section 2.3 there).
+            weights stay in 32 bits, and so do embeddings, whose gradients 8 bits follow badly (section 2.3 there).
         groups: as torch takes them, each with its own rate.
         models: whose embeddings are meant.
         device: where the weights are.
@@ -48,11 +49,20 @@ def make_adamw(
     require("bitsandbytes", "bnb")
     if device.partition(":")[0] not in ("cpu", "cuda"):
         raise HeelerError(f"--optimizer adamw8bit runs on cpu and cuda, not on {device}: use --optimizer adamw")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that no optimiser needs
     from bitsandbytes.optim.adamw import AdamW8bit
 
-    optimizer = AdamW8bit([dict(group) for group in groups], betas=betas, weight_decay=weight_decay)
-    for model in models:
-        for module in model.modules():
-            if isinstance(module, nn.Embedding):
-                optimizer.mng.override_config(module.weight, "optim_bits", 32)
-    return optimizer
+    embeddings = [m.weight for model in models for m in model.modules() if isinstance(m, nn.Embedding)]
+
+    class Optimizer(AdamW8bit):
+        """AdamW8bit with embeddings in 32 bits.
+
+        Its own way of saying so is a table of the whole process, by the addresses of weights, that forgets none.
+        """
+
+        def get_config(self, gindex: int, pindex: int, group: dict[str, Any]) -> dict[str, Any]:
+            weight = self.param_groups[gindex]["params"][pindex]
+            bits = 32 if any(weight is embedding for embedding in embeddings) else 8
+            return {**super().get_config(gindex, pindex, group), "optim_bits": bits}
+
+    return Optimizer([dict(group) for group in groups], betas=betas, weight_decay=weight_decay)

@@ -40,6 +40,8 @@ from heeler.train.optimizers import AdamW, make_adamw
 from heeler.train.run import default_out, interruptible, new_folder
 from heeler.types import CheckFailed, HeelerError, Request, Sampling
 
+PACKED_ROW = 4096
+
 
 @dataclass(frozen=True, kw_only=True)
 class SFTConfig:
@@ -61,12 +63,12 @@ class SFTConfig:
         trainable: which weights are trained.
         lr: peak learning rate of AdamW.
         lr_schedule: its course; warm-up counts updates.
-        optimizer: AdamW with its moments in 32 bits, or in 8 (adamw8bit, by bitsandbytes): 6 bytes less a trained
-            weight.
+        optimizer: AdamW with its moments in 32 bits, or in 8 (adamw8bit, by bitsandbytes): 6 bytes less for a trained
+            weight outside embeddings and small tensors.
         adam_betas, weight_decay: of AdamW.
         max_grad_norm: gradients are scaled down to it.
-        token_budget: tokens of one forward pass, padding included; None takes 1,024 on a CPU, where larger
-            passes gain no speed, and 8,192 elsewhere.
+        token_budget: tokens of one forward pass, padding included; None takes 1,024 on a CPU, where larger passes gain
+            no speed, and 8,192 elsewhere. With `pack` it is the width of a row too, and None takes 4,096.
         pack: examples share rows, blind to each other, instead of being padded to similar lengths: for GPUs; on a
             CPU the mask costs more than the padding. Not with encoder-decoder models.
         eval_every: evaluate each N updates and keep the weights with the lowest held-out loss; 0 evaluates before
@@ -144,7 +146,9 @@ class SFTRun:
 
     @property
     def token_budget(self) -> int:
-        """Tokens of one forward pass."""
+        """Tokens of one forward pass; with `--pack` those of a row, whose mask grows with their square."""
+        if self.config.pack and self.config.token_budget is None:
+            return PACKED_ROW
         return PPOConfig(token_budget=self.config.token_budget).budget(self.policy.device)
 
     def batch(self, step: int) -> list[Example]:

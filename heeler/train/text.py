@@ -78,8 +78,8 @@ class TextConfig:
         critic_warmup: updates at the beginning that train the critic only.
         lr_schedule: their course over the run.
         clip_schedule, entropy_schedule: factors on clip range and entropy coefficient over the run.
-        optimizer: AdamW with its moments in 32 bits, or in 8 (adamw8bit, by bitsandbytes): 6 bytes less a trained
-            weight.
+        optimizer: AdamW with its moments in 32 bits, or in 8 (adamw8bit, by bitsandbytes): 6 bytes less for a trained
+            weight outside embeddings and small tensors.
         adam_betas: of AdamW.
         weight_decay: of AdamW.
         advantage: GAE.

@@ -34,7 +34,9 @@ def tiny_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     return folder
 
 
-def test_the_stages_chain_and_are_not_repeated(tiny_smollm2: str, tmp_path: Path, capsys: Any) -> None:
+def test_the_stages_chain_and_are_not_repeated(
+    tiny_smollm2: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = tasks.Arithmetic(out=str(tmp_path / "run"), examples=64, updates=1, eval_prompts=16, threads=1)
     out = tasks.run_arithmetic(recipe)
     summary = json.loads((out / "summary.json").read_text())
@@ -57,8 +59,12 @@ def test_the_stages_chain_and_are_not_repeated(tiny_smollm2: str, tmp_path: Path
         0, abs=1e-5
     )
     for changed, says in ({"seed": 2}, "seed 1, not 2"), ({"task": "syllogism"}, "task chain_sum, not syllogism"):
-        with pytest.raises(HeelerError, match=f"was begun with .*{says}: give the same options, or another --out"):
+        with pytest.raises(HeelerError, match=f"was begun with .*{says}.*: give the same options, or another --out"):
             tasks.run_arithmetic(replace(recipe, **changed))
+    with monkeypatch.context() as other_version:
+        other_version.setitem(tasks.TASKS, "chain_sum", replace(tasks.TASKS["chain_sum"], answer_tokens=5))
+        with pytest.raises(HeelerError, match=r"with settings .*'answer_tokens': 6.* not .*'answer_tokens': 5"):
+            tasks.run_arithmetic(recipe)
     tasks.run_arithmetic(replace(recipe, threads=2))
 
 
@@ -118,7 +124,8 @@ def test_worked_answers(tiny_smollm2: str, tmp_path: Path, monkeypatch: pytest.M
     out = tasks.run_arithmetic(recipe)
     tokenizer, reward = load_tokenizer(tiny_smollm2), load_reward(tasks.AFTER_MARK)
     solved = [json.loads(line) for line in (out / "data" / "solved.jsonl").read_text().splitlines()]
-    assert all(len(tokenizer(row["completion"])["input_ids"]) < cap for row in solved)
+    assert all(len(tokenizer(row["completion"])["input_ids"]) < cap and "\n####" in row["completion"] for row in solved)
+    assert json.loads((out / "ppo" / "config.json").read_text())["config"]["reward"] == tasks.AFTER_MARK
     held_out = [json.loads(line) for line in (out / "data" / "held_out.jsonl").read_text().splitlines()]
     for row in held_out:
         cot = row["entry"]["metadata"]["answer_cot"]

@@ -20,6 +20,7 @@ from heeler.policies.language_model import LanguageModelPolicy, SeparateCritic, 
 from heeler.policies.loading import load_causal_lm, load_tokenizer
 from heeler.rewards.classifier import ClassifierReward
 from heeler.rewards.specs import load_reward
+from heeler.train import reward as reward_training
 from heeler.train.reward import LabelledTexts, PreferencePairs, accuracy, calibration_error, train_reward_model
 from heeler.train.text import build_text_run
 from heeler.types import HeelerError
@@ -98,13 +99,22 @@ def test_labels_of_one_class_are_refused(encoder: str) -> None:
         LabelledTexts(["a", "b"], [True, True], load_tokenizer(encoder))
 
 
-def test_bf16_learns_too(encoder: str, tmp_path: Path) -> None:
+def test_bf16_learns_and_is_tested_too(encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scored = []
+
+    def score(*given: Any, **options: Any) -> Any:
+        scored.append(torch.is_autocast_enabled("cpu"))
+        return score_rows(*given, **options)
+
+    score_rows = reward_training.score_rows
+    monkeypatch.setattr(reward_training, "score_rows", score)
     data = LabelledTexts(TEXTS, LABELS, load_tokenizer(encoder))
     config = RewardConfig(
         model=encoder, tokens=6000, lr=3e-3, head_lr=3e-3, frozen_layers=0, lengths=(8,), threads=1, precision="bf16"
     )
     report = train_reward_model(config, data, {"test": (data, 8)}, tmp_path / "rm", show=False)
     assert report["precision"] == "bf16" and report["figures"]["test"]["accuracy"] == 1.0
+    assert scored == [True] and not torch.is_autocast_enabled("cpu")
 
 
 PAIRS = [

@@ -44,6 +44,12 @@ def plain_loss(model: Any, tokenizer: Any) -> torch.Tensor:
     return total / count
 
 
+@pytest.mark.parametrize(("given", "pack", "budget"), [(None, False, 1024), (None, True, 4096), (99, True, 99)])
+def test_the_token_budget(tiny_llama: str, tmp_path: Path, given: int | None, pack: bool, budget: int) -> None:
+    config = config_of(tiny_llama, tmp_path / "run", token_budget=given, pack=pack)
+    assert build_sft_run(config, data=ROWS).token_budget == budget
+
+
 @pytest.mark.parametrize("pack", [False, True])
 @pytest.mark.parametrize("token_budget", [12, 4096])
 def test_the_gradient_is_that_of_cross_entropy_on_completions(tiny_llama: str, pack: bool, token_budget: int) -> None:
