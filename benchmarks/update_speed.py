@@ -172,7 +172,7 @@ def heeler_updates(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         reward=job["reward"] if job["reward_model"] else "",
         out=str(folder / "run"),
         updates=job["updates"],
-        prompts_per_update=PROMPTS,
+        prompts_per_update=len(job["prompts"]),
         sampling=Sampling(max_new_tokens=job["response_tokens"]),
         trainable=Full() if job["full"] else TopLayers(layers=job["top_layers"]),
         critic=SeparateCritic() if job["separate_critic"] else ValueHead(),

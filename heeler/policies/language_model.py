@@ -25,6 +25,7 @@ from heeler.policies.checkpointing import checkpoint_layers
 from heeler.policies.inputs import PaddedRows, TokenInputs
 from heeler.policies.loading import SCORE_KEY, model_folder
 from heeler.policies.logprobs import token_logprobs
+from heeler.policies.precision import is_linear, round_linear
 from heeler.policies.splitting import full_attention, layer_list, shared_copy, split, top_parameters
 from heeler.runtime.packages import quiet_transformers, require
 from heeler.types import HeelerError, Inputs, PolicyOutput
@@ -166,6 +167,8 @@ class LanguageModelPolicy:
                 parameter.requires_grad_(id(parameter) in changing)
         self._reference_lm: Any = model if reference_model is None else reference_model.requires_grad_(False)
         self._split(reference_model)
+        if reference_model is not None and precision == "bf16":
+            round_linear(reference_model)
         self._build_critic(critic, critic_source)
         bodies = [self.model.base_model]
         if self.critic_body is not None and not self.critic_uses_trunk:
@@ -236,7 +239,7 @@ class LanguageModelPolicy:
         if lora.layers is not None:
             options["layers_to_transform"] = list(range(total - lora.layers, total))
             options["layers_pattern"] = found[0] if found else None
-            linear = {name.split(".")[-1] for name, m in found[1].named_modules() if _is_linear(m)} if found else set()
+            linear = {name.split(".")[-1] for name, m in found[1].named_modules() if is_linear(m)} if found else set()
             options["target_modules"] = sorted(linear)
         else:
             options["target_modules"] = "all-linear"
@@ -622,7 +625,3 @@ def _score_head(classifier: Any, stored: dict[str, Any]) -> nn.Linear | None:
         head.weight.copy_(score.weight * scale)
         head.bias.fill_(shift + (0.0 if score.bias is None else float(score.bias) * scale))
     return head
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"

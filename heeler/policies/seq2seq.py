@@ -22,6 +22,7 @@ from heeler.policies.inputs import TokenInputs
 from heeler.policies.language_model import Critic, Full, LanguageModelPolicy, Trainable, ValueHead, value_network
 from heeler.policies.loading import decoder_start_id
 from heeler.policies.logprobs import token_logprobs
+from heeler.policies.precision import round_linear
 from heeler.policies.splitting import shared_copy
 from heeler.types import HeelerError, Inputs, PolicyOutput
 
@@ -147,6 +148,8 @@ class Seq2SeqPolicy(LanguageModelPolicy):
         self.top: Any = model  # both halves run in every pass
         self.reference_top: Any = None
         self._reference_lm: Any = shared_copy(model, changing).requires_grad_(False)
+        if precision == "bf16":
+            round_linear(self._reference_lm)
         self.value_network = value_network(int(model.get_output_embeddings().weight.shape[1])).to(self.device)
 
     def _linear_head_scale(self) -> float | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from heeler.data.prompts import texts_of
 from heeler.policies import loading
+from heeler.policies.precision import round_linear
 from heeler.types import HeelerError, RewardOutput, Samples
 
 
@@ -24,7 +25,7 @@ class ClassifierReward:
         scale, shift: score = scale * logit + shift; what the model's config says where None, else 1 and 0.
         batch_tokens: padded tokens in one forward pass.
         device: where it runs.
-        precision: "bf16" keeps the weights in float32 and computes under autocast.
+        precision: "bf16" computes under autocast.
     """
 
     def __init__(
@@ -42,6 +43,8 @@ class ClassifierReward:
         self.tokenizer.truncation_side = "left"  # a text that is too long loses its beginning, not the completion
         self.device, self.precision = device, precision
         self.model = loading.load_classifier(path).requires_grad_(False).to(device)
+        if precision == "bf16":
+            round_linear(self.model)
         if self.model.config.num_labels > 2:
             raise HeelerError(
                 f"the reward model {path} has {self.model.config.num_labels} labels: it must have one or two"
