@@ -11,9 +11,7 @@ docs/data/tasks.json, and the page is made of all of that; runs of a task with d
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -97,13 +95,29 @@ OF_TASK = {
 SHOWN = ("reward/solved", "reward/solved/greedy", "reward", "reward/greedy", "length", "kl/ref")
 
 
-def _settings(config: Any, default: Any = None) -> Any:
-    """What a config chose: without the files, folders and seeds of one run, and without what is as it is by default."""
+def _settings(config: Any) -> Any:
+    """A config without the files, folders and seeds of one run."""
     if not isinstance(config, dict):
         return config
-    default = default if isinstance(default, dict) and default.get("type") == config.get("type") else {}
-    chosen = {key: _settings(value, default.get(key)) for key, value in config.items() if key not in OF_THE_RUN}
-    return {key: value for key, value in chosen.items() if key == "type" or value != _settings(default.get(key))}
+    return {key: _settings(value) for key, value in config.items() if key not in OF_THE_RUN}
+
+
+def differences(one: Any, other: Any, default: Any = None, where: str = "") -> list[str]:
+    """What two runs were set to differently; an option that one version did not have yet counts as its default."""
+    if not isinstance(one, dict) or not isinstance(other, dict):
+        return [] if one == other else [f"{where} {one} and {other}"]
+    default = default if isinstance(default, dict) else {}
+    found: list[str] = []
+    for key in sorted({*one, *other}):
+        usual = default.get(key)
+        found += differences(one.get(key, usual), other.get(key, usual), usual, f"{where}.{key}".strip("."))
+    return found
+
+
+def defaults() -> dict[str, Any]:
+    rewards = RewardTask(training=RewardConfig(model=""))
+    whole = {"sft": SFTConfig(model=""), "reward": rewards, "ppo": TextConfig(model="")}
+    return {stage: _settings(to_json(config)) for stage, config in whole.items()}
 
 
 def read(task: str, seed: int, folder: Path) -> dict[str, Any]:
@@ -114,18 +128,15 @@ def read(task: str, seed: int, folder: Path) -> dict[str, Any]:
             stages[name].pop("kl/ref", None)  # a base model is no KL away from itself
     minutes = {"ppo": json.loads((folder / "ppo" / "summary.json").read_text())["seconds/ppo"] / 60, "before": 0.0}
     settings: dict[str, Any] = {}
-    defaults = {
-        "sft": SFTConfig(model=""),
-        "reward": RewardTask(training=RewardConfig(model="")),
-        "ppo": TextConfig(model=""),
-    }
-    for stage, default in defaults.items():
+    for stage in ("sft", "reward", "ppo"):
         if (folder / stage / "summary.json").exists():
             saved = json.loads((folder / stage / "config.json").read_text())["config"]
-            settings[stage] = _settings(saved, to_json(default))
+            settings[stage] = _settings(saved)
             if stage != "ppo":
                 minutes["before"] += json.loads((folder / stage / "summary.json").read_text())["seconds"] / 60
-    ppo = json.loads((folder / "ppo" / "config.json").read_text())["config"]
+    whole = json.loads((folder / "ppo" / "config.json").read_text())
+    ppo, resolved = whole["config"], whole["resolved"]
+    settings["precision"] = resolved["precision"]
     rows = [json.loads(line) for line in (folder / "ppo" / "metrics.jsonl").read_text().splitlines()]
     held_out = folder / "data" / "held_out.jsonl"
     questions = [json.loads(line) for line in held_out.read_text().splitlines()] if held_out.exists() else []
@@ -133,11 +144,11 @@ def read(task: str, seed: int, folder: Path) -> dict[str, Any]:
     return {
         "task": task,
         "seed": seed,
-        "settings": hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12],
+        "settings": settings,
         "setting": {key: ppo[key] for key in ("updates", "prompts_per_update", "samples_per_prompt")}
         | {"shuffle": ppo["ppo"]["shuffle"]},
         "hardware": hardware(),
-        "threads": ppo["threads"] or os.cpu_count(),
+        "threads": resolved["threads"],
         "minutes": {key: round(value, 1) for key, value in minutes.items()},
         "stages": {
             name: {key: round(figures[key], 4) for key in OF_TASK.get(task, SHOWN) if key in figures}
@@ -165,9 +176,11 @@ def minutes(runs: list[dict[str, Any]]) -> str:
 
 
 def section(task: str, runs: list[dict[str, Any]]) -> list[str]:
-    if len({run["settings"] for run in runs}) > 1:
-        by_settings = {run["seed"]: run["settings"] for run in runs}
-        sys.exit(f"the runs of {task} had different settings ({by_settings}): repeat those of the older ones")
+    for run in runs[1:]:
+        apart = differences(runs[0]["settings"], run["settings"], defaults())
+        if apart:
+            seeds = f"{runs[0]['seed']} and {run['seed']}"
+            sys.exit(f"seeds {seeds} of {task} had other settings ({'; '.join(apart[:3])}): repeat the older one")
     found = [run["stages"] for run in runs]
     setting, names = runs[0]["setting"], list(found[0])
     keys = [key for key in OF_TASK.get(task, SHOWN) if any(key in figures for figures in found[0].values())]
@@ -257,7 +270,8 @@ def main() -> None:
     for folder in sorted(arguments.runs.glob("*-*")):
         task, _, seed = folder.name.rpartition("-")
         if task in COMMANDS and (folder / "summary.json").exists():
-            known[task, int(seed)] = read(task, int(seed), folder)
+            before = known.get((task, int(seed)), {})  # which knows the machine that made it
+            known[task, int(seed)] = read(task, int(seed), folder) | {k: before[k] for k in before if k == "hardware"}
     found = {task: [known[key] for key in sorted(known) if key[0] == task] for task in COMMANDS}
     found = {task: runs for task, runs in found.items() if runs}
     if not found:
