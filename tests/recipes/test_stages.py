@@ -115,17 +115,18 @@ def test_worked_answers(tiny_smollm2: str, tmp_path: Path, monkeypatch: pytest.M
     from heeler.rewards.specs import load_reward
     from tests.tiny import samples_of
 
+    given: list[Any] = []
+    monkeypatch.setattr(tasks, "_train", lambda out, *stages: given.extend(stages) or out)
     cap = 150
     monkeypatch.setitem(tasks.TASKS, "gsm_symbolic", replace(tasks.TASKS["gsm_symbolic"], answer_tokens=cap))
     monkeypatch.setattr(tasks, "PROMPTS", 100)
-    recipe = tasks.Arithmetic(
-        task="gsm_symbolic", out=str(tmp_path / "run"), examples=16, updates=1, eval_prompts=16, threads=1
+    out = tasks.run_arithmetic(
+        tasks.Arithmetic(task="gsm_symbolic", out=str(tmp_path / "run"), examples=16, eval_prompts=16)
     )
-    out = tasks.run_arithmetic(recipe)
+    solved, config = given[:2]
     tokenizer, reward = load_tokenizer(tiny_smollm2), load_reward(tasks.AFTER_MARK)
-    solved = [json.loads(line) for line in (out / "data" / "solved.jsonl").read_text().splitlines()]
+    assert config.reward == tasks.AFTER_MARK and config.sampling.max_new_tokens == cap and len(solved) == 16
     assert all(len(tokenizer(row["completion"])["input_ids"]) < cap and "\n####" in row["completion"] for row in solved)
-    assert json.loads((out / "ppo" / "config.json").read_text())["config"]["reward"] == tasks.AFTER_MARK
     held_out = [json.loads(line) for line in (out / "data" / "held_out.jsonl").read_text().splitlines()]
     for row in held_out:
         cot = row["entry"]["metadata"]["answer_cot"]
