@@ -71,7 +71,8 @@ TASKS = {
     "knights_knaves": Task(
         options={"n_people": 2, "depth_constraint": 2, "width_constraint": 2},
         answer_tokens=24,
-        examples=400,
+        examples=640,
+        batch=8,
         prompts=16,
     ),
 }
