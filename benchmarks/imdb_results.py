@@ -4,8 +4,8 @@
 
 Each seed is one `heeler ppo imdb --seed S --updates N --threads 1` with the cached reward model, as many side by side
 as there are cores: that trains more seeds an hour than one after the other with all threads. Runs that are complete
-are not repeated, so the command can be continued. `--demo` adds the run folder of a `make demo` as a table of its own:
-its times are those of the demo, on all cores.
+are not repeated, so the command can be continued. `--demo RUN` writes only the table of one `make demo`, one for each
+processor: its times are those of the demo, on all cores.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from pages import hardware, replace_section  # noqa: E402
+from pages import hardware, processor, replace_section  # noqa: E402
 
 FIGURES = (
     ("reward", "reward: probability of positive"),
@@ -123,11 +123,15 @@ def demo_section(folder: Path) -> list[str]:
     summary = json.loads((folder / "summary.json").read_text())
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     config = json.loads((folder / "config.json").read_text())
+    model = summary["reward_model"]
     return [
-        "### One `make demo` on this machine",
+        f"### One `make demo` on {hardware()}",
         "",
-        f"{summary['updates']} updates; {config['resolved']['notes'][0]}. Training the"
-        f" reward model took {summary['reward_model']['seconds']:.0f} s, PPO {summary['seconds/ppo']:.0f} s.",
+        f"Made by `python benchmarks/imdb_results.py --demo {folder}`. {config['resolved']['notes'][0]}.",
+        f"{summary['updates']} updates took {summary['seconds/ppo']:.0f} s; before them the reward model was trained on"
+        f" {model['config']['tokens']:,} tokens in {model['seconds']:.0f} s, and is right on"
+        f" {model['figures']['reviews_128']['accuracy']:.1%} of held-out reviews of 128 tokens and on"
+        f" {model['figures']['snippets_32']['accuracy']:.1%} of snippets of 32.",
         "",
         *table([summary]),
         "",
@@ -145,6 +149,11 @@ def main() -> None:
     parser.add_argument("--demo", type=Path)
     parser.add_argument("--collect-only", action="store_true")
     arguments = parser.parse_args()
+    if arguments.demo:
+        lines = demo_section(arguments.demo)
+        replace_section(ROOT / "docs" / "results.md", f"demo {processor()}", lines)
+        print("\n".join(lines))
+        return
     folders = [arguments.runs / f"seed-{seed}" for seed in arguments.seeds]
     if not arguments.collect_only:
         train(arguments.seeds, folders, arguments.updates, arguments.parallel)
@@ -185,7 +194,6 @@ def main() -> None:
         "|---|---|---|",
         *[f"| {k} | {v['accuracy']:.1%} | {v['log_loss']:.3f} |" for k, v in reward_model["figures"].items()],
         "",
-        *(demo_section(arguments.demo) if arguments.demo else []),
     ]
     replace_section(ROOT / "docs" / "results.md", "imdb", lines)
     picture(arguments.seeds, metrics, ROOT / "docs" / "images" / "imdb_curve.png")
