@@ -6,6 +6,8 @@ in memory, so it must not: denominators belong to the minibatch (`update.py`).
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -72,8 +74,9 @@ def _shared_microbatches(order: Tensor, costs: Tensor, budget: int, group: Tenso
     order = order[torch.argsort(of, stable=True)]
     order = order[torch.argsort(longest_of[group[order]], descending=True, stable=True)]
     pieces: list[tuple[int, int]] = []  # items and cost of groups, or of parts of groups over the budget
-    before = None
-    for number, whole, once in torch.stack([group, costs, shared], 1)[order].tolist():
+    before: int | None = None
+    rows = torch.stack([group, costs, shared], 1)[order]
+    for number, whole, once in cast(list[list[int]], rows.tolist()):  # pyright: ignore[reportUnknownMemberType]
         if number == before and pieces[-1][1] + whole - once <= budget:
             pieces[-1] = pieces[-1][0] + 1, pieces[-1][1] + whole - once
         else:
@@ -86,7 +89,8 @@ def _shared_microbatches(order: Tensor, costs: Tensor, budget: int, group: Tenso
             filled = 0
         sizes[-1] += size
         filled, left = filled + cost, left - cost
-    return list(order.split(sizes))
+    ends = torch.tensor(sizes).cumsum(0)[:-1]
+    return list(order.tensor_split(ends))
 
 
 def decision_indices(items: Tensor, decision_counts: Tensor) -> Tensor:
