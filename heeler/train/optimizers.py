@@ -16,6 +16,12 @@ from heeler.types import HeelerError
 AdamW = Literal["adamw", "adamw8bit"]
 
 
+def check_installed(kind: AdamW) -> None:
+    """Raise a sentence, before anything is loaded, where the optimiser's package is missing."""
+    if kind == "adamw8bit":
+        require("bitsandbytes", "bnb")
+
+
 def make_adamw(
     kind: AdamW,
     groups: Sequence[Mapping[str, Any]],
@@ -46,7 +52,7 @@ def make_adamw(
             weight_decay=weight_decay,
             fused=machine.fused_adam(device),
         )
-    require("bitsandbytes", "bnb")
+    check_installed(kind)
     if device.partition(":")[0] not in ("cpu", "cuda"):
         raise HeelerError(f"--optimizer adamw8bit runs on cpu and cuda, not on {device}: use --optimizer adamw")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that no optimiser needs

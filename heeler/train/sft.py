@@ -36,7 +36,7 @@ from heeler.runtime import machine
 from heeler.runtime.configs import from_json, to_json
 from heeler.runtime.progress import progress, say
 from heeler.runtime.runs import RunFolder
-from heeler.train.optimizers import AdamW, make_adamw
+from heeler.train.optimizers import AdamW, check_installed, make_adamw
 from heeler.train.run import default_out, interruptible, new_folder
 from heeler.types import CheckFailed, HeelerError, Request, Sampling
 
@@ -206,6 +206,7 @@ def build_sft_run(
     config: SFTConfig, *, data: Sequence[Any] | None = None, eval_data: Sequence[Any] | None = None
 ) -> SFTRun:
     """Load model and examples; nothing is written yet."""
+    check_installed(config.optimizer)
     machine.keep_freed_memory()
     machine.set_threads(config.threads)
     machine.seed_everything(config.seed)

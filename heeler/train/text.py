@@ -41,7 +41,7 @@ from heeler.runtime.progress import progress
 from heeler.runtime.reduce import LocalReduce
 from heeler.runtime.runs import RunFolder
 from heeler.train.evaluate import Evaluation, evaluate_text
-from heeler.train.optimizers import AdamW, make_adamw
+from heeler.train.optimizers import AdamW, check_installed, make_adamw
 from heeler.train.ppo import Score, TrainState, UpdateReport
 from heeler.train.run import Run, at_least, begin, default_out, new_folder, restore, resume
 from heeler.train.scoring import make_score
@@ -324,6 +324,7 @@ def build_text_run(
             "--ppo.minibatches": (config.ppo.minibatches, 1),
         }
     )
+    check_installed(config.optimizer)
     if config.sampling.top_k != 0 or config.sampling.top_p != 1.0:
         raise HeelerError(
             f"--sampling.top-k {config.sampling.top_k} and --sampling.top-p {config.sampling.top_p} are for"

@@ -12,7 +12,8 @@ from heeler import Full, HeelerError, LoRA, SeparateCritic, TextConfig, resume_t
 from heeler.runtime import packages
 from heeler.train.optimizers import make_adamw
 from heeler.train.ppo import UpdateReport
-from heeler.train.sft import SFTConfig, train_sft
+from heeler.train.sft import SFTConfig, build_sft_run, train_sft
+from heeler.train.text import build_text_run
 from tests.runs import numbers, small
 from tests.tiny import save_tiny_model
 from tests.train.test_text import PROMPTS, vowels
@@ -100,5 +101,10 @@ def test_what_it_cannot_do_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(HeelerError, match="adamw8bit runs on cpu and cuda, not on mps"):
         make("mps")
     monkeypatch.setattr(packages, "find_spec", lambda name: None)
-    with pytest.raises(HeelerError, match=r"needs the package bitsandbytes.*pip install 'heeler\[bnb\]'"):
+    missing = r"needs the package bitsandbytes.*pip install 'heeler\[bnb\]'"
+    with pytest.raises(HeelerError, match=missing):
         make("cpu")
+    with pytest.raises(HeelerError, match=missing):  # before the model is looked for
+        build_sft_run(SFTConfig(model="nowhere", optimizer="adamw8bit"), data=[{"prompt": "a", "completion": "b"}])
+    with pytest.raises(HeelerError, match=missing):
+        build_text_run(TextConfig(model="nowhere", optimizer="adamw8bit"), prompts=["a"], reward=vowels)
