@@ -203,7 +203,8 @@ def section(task: str, runs: list[dict[str, Any]]) -> list[str]:
     lines += [""]
     if runs[0]["commonest"] and task != "translate":
         answer, share = runs[0]["commonest"][0][0], mean(run["commonest"][0][1] for run in runs)
-        lines += [f"Always answering {answer!r} would be right for {share:.0%} of the questions.", ""]
+        if share >= 0.05:
+            lines += [f"Always answering {answer!r} would be right for {share:.0%} of the questions.", ""]
     return [*lines, *([NOTES[task], ""] if task in NOTES else [])]
 
 
