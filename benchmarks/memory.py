@@ -9,6 +9,8 @@ process of its own, one after the other, two updates each.
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -19,18 +21,17 @@ from update_speed import HEELER, KL_COEF, LR, RESPONSE_TOKENS, System, cores, in
 ROOT = Path(__file__).resolve().parents[1]
 EIGHT, AGAIN = {"optimizer": "adamw8bit"}, {"activation_checkpointing": True}
 WAYS: tuple[tuple[str, dict[str, Any], int], ...] = (
-    ("", {}, 1024),
-    ("--activation-checkpointing", AGAIN, 1024),
-    ("--optimizer adamw8bit", EIGHT, 1024),
-    ("--optimizer adamw8bit --activation-checkpointing", EIGHT | AGAIN, 1024),
-    ("both, --ppo.token-budget 512", EIGHT | AGAIN, 512),
+    ("none", {}, 1024),
+    ("`--activation-checkpointing`", AGAIN, 1024),
+    ("`--optimizer adamw8bit`", EIGHT, 1024),
+    ("`--optimizer adamw8bit --activation-checkpointing`", EIGHT | AGAIN, 1024),
+    ("both, `--ppo.token-budget 512`", EIGHT | AGAIN, 512),
 )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "benchmarks" / "memory.md")
-    parser.add_argument("--systems", nargs="+", default=["b", "c"], choices=["b", "c", "d"])
     parser.add_argument("--threads", type=int, default=cores())
     arguments = parser.parse_args()
     lines = [
@@ -40,14 +41,14 @@ def main() -> None:
         " updates is timed. Peak memory is the resident memory of the whole process, Python and torch included"
         f" ({baseline():.2f} GiB after the imports).",
         "",
-        f"    python benchmarks/memory.py{'' if arguments.threads == cores() else f' --threads {arguments.threads}'}",
+        f"    python benchmarks/memory.py --threads {arguments.threads}",
         "",
-        f"Machine: {hardware()}. Threads: {arguments.threads}.",
+        f"Machine: {hardware()}.",
     ]
     with tempfile.TemporaryDirectory(prefix="memory-") as folder:
         made = in_process(this_script("prepare"), {"tiny": False, "folder": folder, "threads": arguments.threads})
         for system in HEELER:
-            if system.key in arguments.systems:
+            if system.full:
                 lines += rows(system, made, arguments.threads)
     text = "\n".join([*lines, ""])
     arguments.out.write_text(text, encoding="utf-8")
@@ -56,17 +57,15 @@ def main() -> None:
 
 def baseline() -> float:
     """GiB of a process that has imported what a run needs."""
-    import subprocess
-    import sys
-
-    code = "import heeler.train.text, transformers.models.llama; from heeler.runtime.machine import peak_memory_gib as p; print(p())"  # noqa: E501
+    modules = "heeler.train.text, transformers.models.llama as _, heeler.runtime.machine as machine"
+    code = f"import {modules}; print(machine.peak_memory_gib())"
     return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
 def rows(system: System, made: dict[str, Any], threads: int) -> list[str]:
     lines = [
         "",
-        f"## {system.name.removeprefix('Heeler, a').replace('ll', 'All', 1)}",
+        f"## ({system.key}) {system.name}",
         "",
         "| options | peak memory, GiB | seconds an update | of these, update |",
         "|---|---:|---:|---:|",
@@ -77,12 +76,8 @@ def rows(system: System, made: dict[str, Any], threads: int) -> list[str]:
             "updates": 2, "options": options, "token_budget": budget,
         }  # fmt: skip
         found = in_process(this_script("heeler"), job)
-        cells = [max(found["peak_gib"]), found["seconds"][-1], found["update"][-1]]
-        lines.append(
-            f"| {f'`{name}`' if name.startswith('-') else name or 'none'} | "
-            + " | ".join(f"{c:.2f}" for c in cells)
-            + " |"
-        )
+        peak, seconds, update = max(found["peak_gib"]), found["seconds"][-1], found["update"][-1]
+        lines.append(f"| {name} | {peak:.2f} | {seconds:.2f} | {update:.2f} |")
         print(lines[-1], flush=True)
     return lines
 

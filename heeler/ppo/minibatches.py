@@ -11,6 +11,15 @@ from typing import cast
 import torch
 from torch import Tensor
 
+CPU_BUDGET, GPU_BUDGET = 1024, 8192  # tokens of a pass
+
+
+def pass_budget(given: int | None, device: torch.device) -> int:
+    """Tokens of a forward and backward pass: those given, else what suits the device."""
+    if given is not None:
+        return given
+    return CPU_BUDGET if device.type == "cpu" else GPU_BUDGET
+
 
 def shuffled_minibatches(
     num_items: int, num_minibatches: int, generator: torch.Generator, groups: Tensor | None = None
@@ -82,9 +91,10 @@ def _shared_microbatches(order: Tensor, costs: Tensor, budget: int, group: Tenso
         else:
             pieces.append((1, whole))
         before = number
-    left, sizes, filled = sum(cost for _, cost in pieces), list[int](), budget
+    left, sizes, filled = sum(cost for _, cost in pieces), list[int](), 0
     for size, cost in pieces:
-        if filled + cost > budget and not (sizes and 4 * (filled + left) <= 5 * budget):
+        rest_fits = 4 * (filled + left) <= 5 * budget
+        if not sizes or (filled + cost > budget and not rest_fits):
             sizes.append(0)
             filled = 0
         sizes[-1] += size

@@ -27,11 +27,9 @@ from torch import Tensor
 
 from heeler.ppo.kl import kl_estimate
 from heeler.ppo.losses import clipped_surrogate, is_clipped, ratio, value_loss
-from heeler.ppo.minibatches import budgeted_microbatches, decision_indices, shuffled_minibatches
+from heeler.ppo.minibatches import budgeted_microbatches, decision_indices, pass_budget, shuffled_minibatches
 from heeler.ppo.moments import explained_variance
 from heeler.types import CheckFailed, HeelerError, Inputs, Optimizer, Policy, PolicyOutput, Reduce, TrainBatch
-
-CPU_BUDGET, GPU_BUDGET = 1024, 8192  # tokens of a pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +77,7 @@ class PPOConfig:
 
     def budget(self, device: torch.device) -> int:
         """The token budget on this device."""
-        if self.token_budget is not None:
-            return self.token_budget
-        return CPU_BUDGET if device.type == "cpu" else GPU_BUDGET
+        return pass_budget(self.token_budget, device)
 
     def scaled(self, clip: float, entropy: float) -> PPOConfig:
         """The same with clip ranges and entropy coefficient multiplied: their schedules."""

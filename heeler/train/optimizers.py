@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import torch
@@ -24,7 +24,7 @@ def check_installed(kind: AdamW) -> None:
 
 def make_adamw(
     kind: AdamW,
-    groups: Sequence[Mapping[str, Any]],
+    groups: list[dict[str, Any]],
     models: Iterable[nn.Module],
     *,
     device: str,
@@ -46,12 +46,7 @@ def make_adamw(
         HeelerError: bitsandbytes is missing, or does not know the device.
     """
     if kind == "adamw":
-        return torch.optim.AdamW(
-            [dict(group) for group in groups],
-            betas=betas,
-            weight_decay=weight_decay,
-            fused=machine.fused_adam(device),
-        )
+        return torch.optim.AdamW(groups, betas=betas, weight_decay=weight_decay, fused=machine.fused_adam(device))
     check_installed(kind)
     if device.partition(":")[0] not in ("cpu", "cuda"):
         raise HeelerError(f"--optimizer adamw8bit runs on cpu and cuda, not on {device}: use --optimizer adamw")
@@ -71,4 +66,4 @@ def make_adamw(
             bits = 32 if any(weight is embedding for embedding in embeddings) else 8
             return {**super().get_config(gindex, pindex, group), "optim_bits": bits}
 
-    return Optimizer([dict(group) for group in groups], betas=betas, weight_decay=weight_decay)
+    return Optimizer(groups, betas=betas, weight_decay=weight_decay)

@@ -336,13 +336,12 @@ def train_reward_model(
     setattr(model.config, loading.SCORE_KEY, score)
     figures, plots = {}, {}
     for name, (data, length) in tests.items():
-        if isinstance(data, PreferencePairs):
-            with computing:
+        with computing:
+            if isinstance(data, PreferencePairs):
                 pairs = pair_scores(model, data, show)
-            figures[name] = pair_figures(pairs)
-            plots[name] = (pairs * score["scale"] + score["shift"]).T.tolist()
-        else:
-            with computing:
+                figures[name] = pair_figures(pairs)
+                plots[name] = (pairs * score["scale"] + score["shift"]).T.tolist()
+            else:
                 figures[name] = accuracy(model, data, length, show)
     report = {
         "config": to_json(config),

@@ -26,9 +26,8 @@ from heeler.policies import loading
 from heeler.policies.inputs import TokenInputs
 from heeler.policies.language_model import Full, LanguageModelPolicy, LoRA, TopLayers, ValueHead
 from heeler.policies.seq2seq import Seq2SeqPolicy
-from heeler.ppo.minibatches import budgeted_microbatches
+from heeler.ppo.minibatches import budgeted_microbatches, pass_budget
 from heeler.ppo.schedules import Schedule
-from heeler.ppo.update import PPOConfig
 from heeler.rollout.engines.draws import draw_seed
 from heeler.rollout.engines.native import native_engine
 from heeler.rollout.text import decode
@@ -149,7 +148,7 @@ class SFTRun:
         """Tokens of one forward pass; with `--pack` those of a row, whose mask grows with their square."""
         if self.config.pack and self.config.token_budget is None:
             return PACKED_ROW
-        return PPOConfig(token_budget=self.config.token_budget).budget(self.policy.device)
+        return pass_budget(self.config.token_budget, self.policy.device)
 
     def batch(self, step: int) -> list[Example]:
         """The examples of optimiser step `step`: a walk through seeded shuffles, a pure function of the step."""

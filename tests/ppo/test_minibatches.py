@@ -70,6 +70,15 @@ def test_micro_batches_keep_groups_together_within_the_budget(rows, budget, prom
         assert cost(torch.cat([batch, first])) > budget
 
 
+@pytest.mark.parametrize(("rest", "sizes"), [(25, [4]), (26, [2, 2])])
+def test_a_rest_of_groups_that_fits_into_the_last_quarter_joins(rest, sizes):
+    """Two groups of 60 + 40 and of `rest`, their prompts counted once."""
+    groups, shared = torch.tensor([0, 0, 1, 1]), torch.tensor([20, 20, 5, 5])
+    costs = torch.tensor([80, 40, rest - 4, 9])
+    found = budgeted_microbatches(torch.arange(4), costs, 100, (groups, shared))
+    assert [len(batch) for batch in found] == sizes
+
+
 def test_the_generator_decides_the_order():
     def order(generator):
         return torch.cat(shuffled_minibatches(20, 4, generator)).tolist()
