@@ -36,6 +36,8 @@ class AdvantageConfig:
         lam: lambda of GAE; 0 is one-step TD, 1 is Monte Carlo.
         value_lam: lambda for the value targets; `lam` where None (then returns = A + V).
         whiten: normalise advantages to mean 0 and std 1 over the global batch, by policy weight.
+        recompute: before each epoch of an update but the first, values and advantages are computed again by the critic
+            as it is then [Andrychowicz et al., 2006.05990, section 3.5]; in environments only.
         importance_cap: behavior-to-old ratios are truncated here before they weight the loss.
     """
 
@@ -43,6 +45,7 @@ class AdvantageConfig:
     lam: float = 0.95
     value_lam: float | None = None
     whiten: bool = True
+    recompute: bool = False
     importance_cap: float = 2.0
 
 

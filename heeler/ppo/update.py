@@ -142,6 +142,11 @@ def _weighted(weights: Tensor, terms: Tensor) -> Tensor:
     return torch.where(weights == 0, torch.zeros_like(terms), weights * terms)
 
 
+def _columns(batch: TrainBatch) -> Tensor:
+    """`[N, 7]` the batch's `COLUMNS` side by side: one gather a minibatch."""
+    return torch.stack([getattr(batch, name) for name in COLUMNS], dim=1)
+
+
 def _check_shapes(output: PolicyOutput, n: int) -> None:
     for name in ("logprobs", "entropy", "values"):
         shape = tuple(getattr(output, name).shape)
@@ -208,10 +213,13 @@ def update(
     *,
     generator: torch.Generator,
     reduce: Reduce,
+    refresh: Callable[[], TrainBatch] | None = None,
 ) -> dict[str, float]:
     """Improve the policy on one batch, in place; returns the metrics of the update.
 
-    The optimiser's parameter groups may carry a `name`; "policy" and "critic" are reported by name.
+    The optimiser's parameter groups may carry a `name`; "policy" and "critic" are reported by name. Where `refresh` is
+    given, each epoch but the first learns the advantages, returns and values of the batch that it returns: the same
+    decisions, judged by the critic as it is then.
 
     Raises:
         HeelerError: prompts are to be shuffled where there are none.
@@ -224,7 +232,7 @@ def update(
     costs, decision_counts = batch.inputs.costs, batch.inputs.decision_counts
     one_each = bool((decision_counts == 1).all())  # items are decisions
     alike = bool((costs == costs[:1]).all())  # then nothing is gained by sorting them
-    columns = torch.stack([getattr(batch, name) for name in COLUMNS], dim=1)  # (N, 7): one gather a minibatch
+    columns = _columns(batch)
     num_items = -int(reduce.max(-torch.tensor(len(costs))))  # the smallest share of any process
     groups = batch.inputs.groups if config.shuffle == "prompts" else None
     if groups is None and config.shuffle == "prompts":
@@ -237,6 +245,8 @@ def update(
     optimizer_steps = 0
 
     for epoch in range(config.epochs):
+        if epoch > 0 and refresh is not None:
+            columns = _columns(refresh())
         before = len(record.rows)
         num_minibatches = min(config.minibatches, num_items)  # fewer where there are fewer items
         for items in shuffled_minibatches(len(costs), num_minibatches, generator, groups) if num_items else []:

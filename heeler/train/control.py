@@ -11,6 +11,7 @@ import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ from heeler.runtime.configs import from_json, to_json
 from heeler.runtime.reduce import LocalReduce
 from heeler.runtime.runs import RunFolder, read_json, write_json
 from heeler.train.evaluate_control import GymPolicy, evaluate_policy, make_picture_env
-from heeler.train.ppo import Score, TrainState
+from heeler.train.ppo import Revalue, Score, TrainState
 from heeler.train.run import OnUpdate, Run, at_least, begin, default_out, new_folder, restore, resume
 from heeler.train.scoring import LOGPROB_TOLERANCE, check_paths
 from heeler.types import (
@@ -166,6 +167,9 @@ class GymRun(Run):
     def score(self) -> Score:
         return make_score(self)
 
+    def revalue(self) -> Revalue:
+        return partial(with_values_of, self.policy, self.config.ppo.budget(self.policy.device))
+
     def can_evaluate(self) -> bool:
         return self.config.eval_episodes > 0
 
@@ -239,19 +243,7 @@ def make_score(run: GymRun) -> Score:
 
     def score(rollout: Rollout, state: TrainState) -> tuple[ScoredRollout, dict[str, float]]:
         assert isinstance(rollout, VectorRollout)
-        inputs: Any = rollout.inputs
-        with torch.no_grad():
-            if isinstance(inputs, Steps):
-                old, values = score_steps(policy, inputs, config.ppo.budget(policy.device))
-                needed = torch.nonzero(~rollout.terminated).squeeze(1)
-                bootstrap = torch.zeros(len(rollout.terminated), device=old.device)
-                if len(needed):
-                    bootstrap[needed] = policy.parameters_and_values(pick(rollout.final_observations, needed))[1]
-            else:
-                old, values, after = score_segments(
-                    policy, inputs, rollout.final_observations, config.ppo.budget(policy.device)
-                )
-                bootstrap = torch.where(rollout.terminated, torch.zeros_like(after), after)
+        old, values, bootstrap = read_rollout(policy, rollout, config.ppo.budget(policy.device))
         if bool((rollout.policy_versions != state.step).any()):
             raise CheckFailed(f"the environments were stepped with other weights than those of update {state.step}")
         gap = (rollout.behavior_logprobs - old).abs()
@@ -282,6 +274,28 @@ def make_score(run: GymRun) -> Score:
         }
 
     return score
+
+
+@torch.no_grad()
+def read_rollout(policy: ActorCritic, rollout: VectorRollout, budget: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What the policy as it is now says of a rollout: log-probabilities `[N]`, values `[N]`, bootstraps `[S]`."""
+    inputs: Any = rollout.inputs
+    if isinstance(inputs, Steps):
+        logprobs, values = score_steps(policy, inputs, budget)
+        needed = torch.nonzero(~rollout.terminated).squeeze(1)
+        bootstrap = torch.zeros(len(rollout.terminated), device=logprobs.device)
+        if len(needed):
+            bootstrap[needed] = policy.parameters_and_values(pick(rollout.final_observations, needed))[1]
+        return logprobs, values, bootstrap
+    logprobs, values, after = score_segments(policy, inputs, rollout.final_observations, budget)
+    return logprobs, values, torch.where(rollout.terminated, torch.zeros_like(after), after)
+
+
+def with_values_of(policy: ActorCritic, budget: int, scored: ScoredRollout) -> ScoredRollout:
+    """The same rollout with values and bootstraps by the critic as it is now; rewards and log-probabilities stay."""
+    assert isinstance(scored.rollout, VectorRollout)
+    _, values, bootstrap = read_rollout(policy, scored.rollout, budget)
+    return replace(scored, values=values, bootstrap=bootstrap)
 
 
 def score_steps(policy: ActorCritic, inputs: Steps, budget: int) -> tuple[Tensor, Tensor]:

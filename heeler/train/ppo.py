@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +13,7 @@ import torch
 from heeler.ppo.advantages import AdvantageConfig, estimate_advantages
 from heeler.ppo.schedules import Schedule
 from heeler.ppo.update import PPOConfig, update
-from heeler.types import Collector, Optimizer, Policy, Reduce, Rollout, ScoredRollout
+from heeler.types import Collector, Optimizer, Policy, Reduce, Rollout, ScoredRollout, TrainBatch
 
 
 class LoopConfig(Protocol):
@@ -65,6 +66,11 @@ class UpdateReport:
 
 
 Score = Callable[[Rollout, TrainState], tuple[ScoredRollout, dict[str, float]]]
+Revalue = Callable[[ScoredRollout], ScoredRollout]
+
+
+def _judge_again(revalue: Revalue, scored: ScoredRollout, config: AdvantageConfig, reduce: Reduce) -> TrainBatch:
+    return estimate_advantages(revalue(scored), config, reduce)
 
 
 def train_loop(
@@ -74,8 +80,13 @@ def train_loop(
     config: LoopConfig,
     reduce: Reduce,
     after_update: Callable[[UpdateReport], bool],
+    revalue: Revalue | None = None,
 ) -> None:
-    """Run updates until `config.updates`, or until `after_update` returns False."""
+    """Run updates until `config.updates`, or until `after_update` returns False.
+
+    `revalue` gives a rollout the values and bootstraps of the critic as it is now: `config.advantage.recompute` asks it
+    in each epoch.
+    """
     policy: Policy = state.policy
     collector.publish(policy, state.step)  # before the first rollout too: a resumed run must not sample old weights
     while state.step < config.updates:
@@ -92,7 +103,12 @@ def train_loop(
             clip=config.clip_schedule.factor(state.step, config.updates),
             entropy=config.entropy_schedule.factor(state.step, config.updates),
         )
-        metrics |= update(policy, state.optimizer, batch, ppo, generator=state.generator, reduce=reduce)
+        refresh = None
+        if config.advantage.recompute and revalue is not None:
+            refresh = partial(_judge_again, revalue, scored, config.advantage, reduce)
+        metrics |= update(
+            policy, state.optimizer, batch, ppo, generator=state.generator, reduce=reduce, refresh=refresh
+        )
         state.step += 1
         collector.publish(policy, state.step)
         end = time.perf_counter()

@@ -18,7 +18,7 @@ from heeler.runtime.configs import to_json
 from heeler.runtime.progress import progress, say
 from heeler.runtime.reduce import LocalReduce
 from heeler.runtime.runs import RunFolder, read_json
-from heeler.train.ppo import LoopConfig, Score, TrainState, UpdateReport, train_loop
+from heeler.train.ppo import LoopConfig, Revalue, Score, TrainState, UpdateReport, train_loop
 from heeler.types import Collector, HeelerError, Unavailable
 
 COUNTERS = ("step", "kl_coef", "decisions", "episodes", "seconds")
@@ -61,6 +61,10 @@ class Run:
 
     def score(self) -> Score:
         raise NotImplementedError
+
+    def revalue(self) -> Revalue | None:
+        """How a scored rollout gets the values of the critic as it is now; None where the run does not offer it."""
+        return None
 
     def can_evaluate(self) -> bool:
         raise NotImplementedError
@@ -238,7 +242,7 @@ def _train_and_export(run: Run, on_update: OnUpdate | None, show: bool) -> None:
             return not interrupted.is_set()
 
         try:
-            train_loop(state, collector, run.score(), config, LocalReduce(), after_update)
+            train_loop(state, collector, run.score(), config, LocalReduce(), after_update, run.revalue())
         except Unavailable:
             if run.rollouts_are_pure and folder.last_checkpoint() != state.step:
                 machine.restore_random_states(random)  # the reward that failed may have drawn some

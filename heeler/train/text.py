@@ -331,6 +331,11 @@ def build_text_run(
             " heeler sample: PPO compares the probabilities of all tokens before and after, and a cut distribution"
             " draws with others; leave them at 0 and 1, and give a lower --sampling.temperature"
         )
+    if config.advantage.recompute:
+        raise HeelerError(
+            "--advantage.recompute is for environments: for a language model it would cost a pass through the model in"
+            " each epoch; leave it off"
+        )
     machine.keep_freed_memory()
     machine.set_threads(config.threads)
     machine.seed_everything(config.seed)

@@ -47,6 +47,28 @@ def test_micro_batches_change_nothing(budget):
     assert parts_metrics == pytest.approx(whole_metrics, rel=1e-9)
 
 
+def test_a_refreshed_batch_is_what_the_later_epochs_learn():
+    policy, batch = policy_and_batch()
+    other = replace(batch, advantages=-2 * batch.advantages, returns=batch.returns + 1, old_values=batch.old_values - 1)
+    config = replace(EVERYTHING, minibatches=2, ratio_tolerance=10.0)
+    asked = []
+
+    def refresh():
+        asked.append(len(trained.evaluated))
+        return other
+
+    trained, twin = copy.deepcopy(policy), copy.deepcopy(policy)
+    shuffles = torch.Generator().manual_seed(0)
+    descent = torch.optim.SGD(trained.parameters(), lr=0.5)
+    update(trained, descent, batch, config, generator=shuffles, reduce=LocalReduce(), refresh=refresh)
+    shuffles = torch.Generator().manual_seed(0)  # the twin: an update of one epoch after the other
+    descent = torch.optim.SGD(twin.parameters(), lr=0.5)
+    for given in (batch, other, other):
+        update(twin, descent, given, replace(config, epochs=1), generator=shuffles, reduce=LocalReduce())
+    same(flat(trained), flat(twin))
+    assert asked == [2, 4]  # before the second and the third epoch, after two minibatches each
+
+
 def test_prompts_are_shuffled_with_all_their_samples():
     policy, batch = policy_and_batch()
     config = PPOConfig(epochs=4, minibatches=4, shuffle="prompts")

@@ -136,6 +136,37 @@ def test_bootstraps_are_values_of_final_observations(tmp_path):
     )
 
 
+@pytest.mark.parametrize("memory", [0, 8])
+def test_advantages_are_computed_again_by_the_critic_of_each_epoch(memory, tmp_path, monkeypatch):
+    from heeler.train import ppo as loop
+
+    batches = []
+
+    def watched(policy, optimizer, batch, ppo, *, refresh, **rest):
+        assert refresh is not None
+        same = refresh()  # nothing has been learned yet
+        for name in ("advantages", "returns", "old_values", "old_logprobs"):
+            torch.testing.assert_close(getattr(same, name), getattr(batch, name), rtol=1e-5, atol=1e-5)
+        trained = update(policy, optimizer, batch, ppo, refresh=refresh, **rest)
+        again = refresh()
+        with torch.no_grad():
+            values = policy.evaluate(batch.inputs).values
+        torch.testing.assert_close(again.old_values, values, rtol=1e-5, atol=1e-5)
+        assert float((again.advantages - batch.advantages).abs().mean()) > 1e-3
+        torch.testing.assert_close(again.old_logprobs, batch.old_logprobs)
+        batches.append(again)
+        return trained
+
+    monkeypatch.setattr(loop, "update", watched)
+    settings = dict(updates=2, lr=1e-2, memory=memory, normalize_observations=True, scale_rewards=True)
+    again = AdvantageConfig(gamma=0.9, lam=0.9, recompute=True)
+    run = train("tests.toy_envs:Counter", tmp_path, advantage=again, **settings)
+    assert len(batches) == 2
+    monkeypatch.undo()
+    once = train("tests.toy_envs:Counter", tmp_path, name="once", advantage=replace(again, recompute=False), **settings)
+    assert lines(run)[0]["value/loss"] != lines(once)[0]["value/loss"]
+
+
 def test_rewards_are_scaled_by_the_running_std_of_the_discounted_return(tmp_path):
     run = build_gym_run(config("tests.toy_envs:Counter", tmp_path, num_envs=2, num_steps=7, scale_rewards=True))
     assert run.scaler is not None

@@ -14,6 +14,7 @@ from heeler.policies.inputs import TokenInputs
 from heeler.policies.language_model import LanguageModelPolicy, ValueHead
 from heeler.policies.loading import load_causal_lm, load_tokenizer
 from heeler.policies.token_masks import MASKED, AllTokens, OnlyTokens, WithoutTokens, token_bias
+from heeler.ppo.advantages import AdvantageConfig
 from heeler.ppo.shaping import ScoreShaping
 from heeler.rollout.engines.hf import HFEngine
 from heeler.rollout.engines.native import NativeEngine
@@ -93,6 +94,13 @@ def test_a_masked_run_samples_allowed_tokens_only(tiny_llama: str, tmp_path: Pat
 def test_a_cut_distribution_is_refused_in_training(tiny_llama: str, tmp_path: Path, cut: dict[str, Any]) -> None:
     config = small(tiny_llama, tmp_path / "run", sampling=Sampling(max_new_tokens=4, **cut))
     with pytest.raises(HeelerError, match=r"--sampling.top-k .* are for heeler sample"):
+        train_text(config, prompts=PROMPTS, reward=vowels, show=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_values_are_not_computed_again_in_each_epoch(tiny_llama: str, tmp_path: Path) -> None:
+    config = small(tiny_llama, tmp_path / "run", advantage=AdvantageConfig(recompute=True))
+    with pytest.raises(HeelerError, match=r"--advantage.recompute is for environments"):
         train_text(config, prompts=PROMPTS, reward=vowels, show=False)
     assert not (tmp_path / "run").exists()
 
