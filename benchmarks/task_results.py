@@ -40,6 +40,7 @@ COMMANDS = {
     "gsm_symbolic": ("ppo", "arithmetic", "--task", "gsm_symbolic"),
     "qa": ("ppo", "qa"),
     "trivia": ("ppo", "qa", "--questions", "trivia"),
+    "calculator": ("ppo", "calculator"),
     "translate": ("ppo", "translate"),
     "rlhf": ("rlhf", "imdb"),
 }
@@ -51,6 +52,7 @@ TITLES = {
     "gsm_symbolic": "GSM-symbolic of Reasoning Gym, worked out in at most 48 tokens",
     "qa": "Questions about countries that no training question names",
     "trivia": "Trivia",
+    "calculator": "Sums of three numbers, with a calculator to call",
     "translate": "English into French, JupyterLab's interface",
     "rlhf": "RLHF on movie reviews",
 }
@@ -71,6 +73,8 @@ FIGURES = {
     "reward/solved": "right answers, draws at temperature 1",
     "reward/solved/greedy": "right answers, most likely tokens",
     "exact": "exact match, draws",
+    "episode/turns": "turns of an episode, draws (1: no call, 2: one call)",
+    "episode/turns/greedy": "turns of an episode, most likely tokens",
     "exact/greedy": "exact match, most likely tokens",
     "sampled/chrf": "corpus chrF, draws",
     "greedy/chrf": "corpus chrF, most likely tokens",
@@ -92,6 +96,7 @@ OF_TASK = {
     "translate": ("reward", "sampled/chrf", "greedy/chrf", "sampled/bleu", "greedy/bleu", "length", "kl/ref"),
     "qa": ("reward", "reward/greedy", "exact", "exact/greedy", "length", "kl/ref"),
     "trivia": ("reward", "reward/greedy", "exact", "exact/greedy", "length", "kl/ref"),
+    "calculator": ("reward", "reward/greedy", "episode/turns", "episode/turns/greedy", "length", "kl/ref"),
 }
 
 

@@ -22,7 +22,8 @@ HELP = """heeler: PPO for language models, control and games
   heeler ppo cartpole                   tuned recipes: acrobot, mountaincar, pendulum, lunarlander,
                                         lunarlander-continuous, bipedalwalker, halfcheetah, hopper, walker2d, ant,
                                         swimmer, pong, breakout
-  heeler ppo arithmetic | qa            fine-tuning, then PPO with a verifier: Reasoning Gym, questions on countries
+  heeler ppo arithmetic | qa            fine-tuning, then PPO with a verifier: Reasoning Gym, questions
+  heeler ppo calculator                 the same in dialogues: sums, and a calculator to call
   heeler rlhf imdb                      fine-tuning, a reward model from preferences, PPO
   heeler sft --model M --data F         supervised fine-tuning on prompts and completions, chats or texts
   heeler reward --model M --data F      a reward model from preferences (chosen, rejected) or labels
@@ -40,7 +41,7 @@ CONTROL = (
     "cartpole", "acrobot", "mountaincar", "pendulum", "lunarlander", "lunarlander-continuous", "bipedalwalker",
     "halfcheetah", "hopper", "walker2d", "ant", "swimmer", "pong", "breakout",
 )  # fmt: skip
-RECIPES = ("imdb", "translate", "lm", "dialogue", "arithmetic", "qa", "gym", *CONTROL)
+RECIPES = ("imdb", "translate", "lm", "dialogue", "arithmetic", "calculator", "qa", "gym", *CONTROL)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,6 +102,11 @@ def _ppo(words: list[str]) -> int:
         from heeler.recipes.tasks import Arithmetic, run_arithmetic
 
         run_arithmetic(_parse(Arithmetic, rest, "heeler ppo arithmetic"))
+        return 0
+    if recipe == "calculator":
+        from heeler.recipes.calculator import Calculator, run_calculator
+
+        run_calculator(_parse(Calculator, rest, "heeler ppo calculator"))
         return 0
     if recipe == "qa":
         from heeler.recipes.tasks import QA, run_qa

@@ -12,16 +12,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from heeler.rollout.engines.draws import GREEDY
 from heeler.runtime.progress import say
 from heeler.runtime.runs import read_json, write_json
+from heeler.train.dialogue import DialogueConfig, build_dialogue_run, resume_dialogue, train_dialogue
 from heeler.train.report import figures_table
 from heeler.train.run import default_out
 from heeler.train.sft import SFTConfig, resume_sft, train_sft
-from heeler.train.text import TextConfig, build_text_run, resume_text, train_text
+from heeler.train.text import TextConfig, TextRun, build_text_run, resume_text, train_text
 from heeler.types import HeelerError
 
 
@@ -98,7 +100,16 @@ def sft_stage(config: SFTConfig, show: bool = True) -> dict[str, Any]:
 def ppo_stage(config: TextConfig, show: bool = True) -> dict[str, Any]:
     """PPO into `config.out` where that is not done; its summary."""
     folder = Path(str(config.out))
-    return _stage(folder, lambda: train_text(config, show=show), lambda: resume_text(folder, show=show), show)
+    if isinstance(config, DialogueConfig):
+        begin, go_on = partial(train_dialogue, config), partial(resume_dialogue, folder)
+    else:
+        begin, go_on = partial(train_text, config), partial(resume_text, folder)
+    return _stage(folder, lambda: begin(show=show), lambda: go_on(show=show), show)
+
+
+def build(config: TextConfig) -> TextRun:
+    """The run that a config describes, of texts or of dialogues."""
+    return build_dialogue_run(config) if isinstance(config, DialogueConfig) else build_text_run(config)
 
 
 def figures_of(model: str, config: TextConfig, file: Path, show: bool = True) -> dict[str, float]:
@@ -108,7 +119,7 @@ def figures_of(model: str, config: TextConfig, file: Path, show: bool = True) ->
     """
     if not file.exists():
         say(f"evaluating {model}", show)
-        run = build_text_run(replace(config, model=model, prompts=""))
+        run = build(replace(config, model=model, prompts=""))
         figures = run.evaluate(show=show).figures
         write_json(file, {key: value for key, value in figures.items() if key not in ("kl/ref", "perplexity")})
     return read_json(file)
@@ -122,13 +133,14 @@ def greedy_figures(model: str, config: TextConfig, file: Path, show: bool = True
     if not file.exists():
         say(f"evaluating {model}, the most likely tokens", show)
         sampling = replace(config.sampling, temperature=GREEDY)
-        run = build_text_run(replace(config, model=model, prompts="", sampling=sampling))
+        run = build(replace(config, model=model, prompts="", sampling=sampling))
         assert run.eval_prompts is not None
         run.publish()
         rollout = run.rollout(run.eval_prompts, [0] * len(run.eval_prompts))
         samples = run.samples_of(rollout)
         output = run.judge(rollout)
         figures = {"reward/greedy": float(output.scores.mean())}
+        figures |= {f"{k}/greedy": float(values.float().mean()) for k, values in run.episode_figures(rollout).items()}
         figures |= {f"reward/{name}/greedy": float(values.mean()) for name, values in output.components.items()}
         figures |= {f"{name}/greedy": float(judge(samples).scores.mean()) for name, judge in run.judges.items()}
         write_json(file, figures)

@@ -8,6 +8,7 @@ held-out questions.
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -134,7 +135,7 @@ def run_arithmetic(recipe: Arithmetic, show: bool = True) -> Path:
     at_least({"--examples": (examples, 1), "--eval-prompts": (recipe.eval_prompts, 1)})
     size = task.drawn * (examples + PROMPTS + recipe.eval_prompts)
     # row i of seed s is row i + 1 of seed s - 1 in Reasoning Gym, so seeds lie far apart
-    rows = _distinct(reasoning_gym_prompts(recipe.task, size, seed=recipe.seed * 1_000_000, **task.options))
+    rows = distinct(reasoning_gym_prompts(recipe.task, size, seed=recipe.seed * 1_000_000, **task.options))
     rows = [{**r, "prompt": _asked(r["prompt"])} for r in rows]
     if task.worked:
         tokenizer = load_tokenizer(str(smollm2_folder(show)))
@@ -163,9 +164,9 @@ def run_arithmetic(recipe: Arithmetic, show: bool = True) -> Path:
         prompts_per_update=task.prompts,
         samples_per_prompt=task.samples,
         sampling=Sampling(max_new_tokens=task.answer_tokens),
-        **_PPO,
+        **PPO_SETTINGS,
     )
-    return _train(out, solved, config, 1.0, task.batch, show)
+    return train_stages(out, solved, config, 1.0, task.batch, show)
 
 
 def run_qa(recipe: QA, show: bool = True) -> Path:
@@ -186,12 +187,12 @@ def run_qa(recipe: QA, show: bool = True) -> Path:
         prompts_per_update=32,
         samples_per_prompt=8,
         sampling=Sampling(max_new_tokens=12),
-        **_PPO,
+        **PPO_SETTINGS,
     )
-    return _train(out, solved, config, recipe.epochs, 32, show)
+    return train_stages(out, solved, config, recipe.epochs, 32, show)
 
 
-_PPO: dict[str, Any] = {
+PPO_SETTINGS: dict[str, Any] = {  # of tasks whose answers are checked
     "trainable": TopLayers(layers=10),
     "kl": FixedKL(coef=0.01),
     "lr": 1e-4,
@@ -212,7 +213,7 @@ def _asked(question: str) -> str:
     return question if question.endswith("=") else f"{question.strip()}\nAnswer:"
 
 
-def _distinct(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def distinct(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Rows whose questions differ, so that nothing held out is trained on."""
     return list({row["prompt"]: row for row in rows}.values())
 
@@ -225,7 +226,9 @@ def _balanced(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [row for turn in zip(*of_answer.values(), strict=False) for row in turn]
 
 
-def _train(out: Path, solved: list[dict[str, Any]], config: TextConfig, epochs: float, batch: int, show: bool) -> Path:
+def train_stages(
+    out: Path, solved: Sequence[Mapping[str, Any]], config: TextConfig, epochs: float, batch: int, show: bool
+) -> Path:
     """Fine-tune on the solved questions, then PPO by `config`; figures of the base model and of both stages."""
     model = str(smollm2_folder(show))
     sft_stage(
@@ -255,6 +258,8 @@ def _train(out: Path, solved: list[dict[str, Any]], config: TextConfig, epochs: 
         "reward/greedy",
         "reward/solved/greedy",
         "exact/greedy",
+        "episode/turns",
+        "episode/turns/greedy",
         "length",
         "truncated_fraction",
         "kl/ref",

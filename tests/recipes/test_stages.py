@@ -12,8 +12,9 @@ import torch
 
 from heeler.data.questions import countries, country_questions, trivia, trivia_questions
 from heeler.data.reasoning import reasoning_gym_prompts
+from heeler.envs.tools import Calculator
 from heeler.policies.loading import load_causal_lm, load_tokenizer
-from heeler.recipes import rlhf, stages, tasks
+from heeler.recipes import calculator, rlhf, stages, tasks
 from heeler.train.sft import SFTConfig
 from heeler.train.text import TextConfig
 from heeler.types import HeelerError
@@ -116,7 +117,7 @@ def test_worked_answers(tiny_smollm2: str, tmp_path: Path, monkeypatch: pytest.M
     from tests.tiny import samples_of
 
     given: list[Any] = []
-    monkeypatch.setattr(tasks, "_train", lambda out, *stages: given.extend(stages) or out)
+    monkeypatch.setattr(tasks, "train_stages", lambda out, *stages: given.extend(stages) or out)
     cap = 150
     monkeypatch.setitem(tasks.TASKS, "gsm_symbolic", replace(tasks.TASKS["gsm_symbolic"], answer_tokens=cap))
     monkeypatch.setattr(tasks, "PROMPTS", 100)
@@ -157,6 +158,35 @@ def test_trivia_questions() -> None:
     assert {"prompt": "On every continent there is a city named what?\nAnswer:", "answer": "Rome"} in rows
     gyroscope = next(row for row in rows if row["prompt"].startswith("A spinning disk"))
     assert gyroscope["answer"] == "A gyroscope" and "is unaffected by tilting or rotation" in gyroscope["prompt"]
+
+
+def test_a_calculator_is_shown_in_some_examples(tiny_smollm2: str, tmp_path: Path) -> None:
+    """What fine-tuning shows is what the environment does: a call, its output, and the answer that the reward takes."""
+    sums = reasoning_gym_prompts("chain_sum", 400, seed=3, **calculator.SUMS)
+    examples = calculator.examples_of(sums, seed=0)
+    answers, shown = {row["prompt"]: row["answer"] for row in sums}, iter(examples)
+    calls = 0
+    for example in shown:
+        prompt, completion = example["prompt"], example["completion"]
+        tool = Calculator(prompt)
+        step = tool.step(completion)
+        if step.terminated:
+            assert completion == f" {answers[prompt]}"
+            continue
+        calls += 1
+        following = next(shown)
+        assert following["prompt"] == prompt + completion + step.observation
+        assert tool.step(following["completion"]).terminated and following["completion"] == f"\n{answers[prompt]}"
+    assert calls == len(examples) - len(sums) and 0.2 < calls / len(sums) < 0.4
+    recipe = calculator.Calculator(out=str(tmp_path / "run"), examples=16, updates=1, eval_prompts=8, threads=1)
+    out = calculator.run_calculator(recipe, show=False)
+    stages = json.loads((out / "summary.json").read_text())["stages"]
+    assert stages.keys() == {"base", "SFT", "SFT+PPO"}
+    assert {"reward", "reward/greedy", "episode/turns", "episode/turns/greedy"} <= stages["SFT+PPO"].keys()
+    parts = [(out / "data" / f"{part}.jsonl").read_text() for part in ("held_out", "prompts")]
+    asked = [{json.loads(line)["prompt"] for line in part.splitlines()} for part in parts]
+    assert len(asked[0]) == 8 and not asked[0] & asked[1]
+    assert calculator.run_calculator(recipe, show=False) == out  # complete: nothing is repeated
 
 
 @pytest.mark.slow
