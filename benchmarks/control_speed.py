@@ -1,6 +1,6 @@
 """Speed in environments, side by side with Stable-Baselines3, CleanRL's method and PureJaxRL's method.
 
-    python benchmarks/control_speed.py [--repeats 3] [--seeds 5] [--only cartpole halfcheetah pong target backends]
+    python benchmarks/control_speed.py [--repeats 3] [--seeds 5] [--only cartpole pong target ...]
 
 Every measurement is a process of its own, one after the other; peers live in Python environments of their own with
 pinned versions (benchmarks/peers/environments.py). The order alternates over the repeats, the median counts. Writes the
@@ -57,8 +57,8 @@ def peer(name: str, *arguments: str, threads: int = 1) -> Measure:
     return measure
 
 
-def throughput(title: str, rows: dict[str, Measure], ours: str, repeats: int) -> list[str]:
-    """Median steps/s of each row, and how often ours is as fast."""
+def throughput(title: str, rows: dict[str, Measure], ours: str, repeats: int, note: str = "") -> list[str]:
+    """Median steps/s of each row, and how often ours is as fast; `note` stands above the table."""
     speeds: dict[str, list[float]] = {name: [] for name in rows}
     parts: dict[str, str] = {}
     for repeat in range(repeats):
@@ -69,8 +69,8 @@ def throughput(title: str, rows: dict[str, Measure], ours: str, repeats: int) ->
                 total = sum(report["times"].values())
                 parts[name] = ", ".join(f"{k} {v / total:.0%}" for k, v in report["times"].items())
             print(f"{title}, {name}: {report['steps_per_second']:,.0f} steps/s", flush=True)
-    lines = [f"### {title}", "", "| system | steps/s, median | lowest to highest | heeler is faster by | time |"]
-    lines.append("|---|---|---|---|---|")
+    lines = [f"### {title}", "", *([note, ""] if note else [])]
+    lines += ["| system | steps/s, median | lowest to highest | heeler is faster by | time |", "|---|---|---|---|---|"]
     for name, values in speeds.items():
         factor = "" if name.startswith("heeler") else f"{median(speeds[ours]) / median(values):.1f} times"
         span = f"{min(values):,.0f} to {max(values):,.0f}"
@@ -157,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--only", nargs="+", default=["cartpole", "halfcheetah", "pong", "target", "backends"])
+    parser.add_argument("--only", nargs="+", help="cartpole, halfcheetah, pong, target, steady, backends (all)")
     arguments = parser.parse_args()
     cart, cheetah = ("--env", "CartPole-v1"), ("--env", "HalfCheetah-v5")
     sections: dict[str, Callable[[], list[str]]] = {
@@ -197,19 +197,36 @@ def main() -> None:
         ),
         "target": lambda: to_target(
             {
-                "heeler (EnvPool, 64 environments, 32-32)": heeler("cartpole-fast", 500_000, target=475),
+                "heeler (256 vectorised environments, 32-32)": heeler("cartpole-fast", 500_000, target=475),
                 "PureJaxRL's method, lean": peer(
                     "jax", "--steps", "500000", "--target", "475", "--variant", "lean", threads=2
                 ),
                 "PureJaxRL's method, as published": peer(
                     "jax", "--steps", "500000", "--target", "475", "--variant", "published", threads=2
                 ),
+                "Stable-Baselines3 2.9.2, the RL Zoo's settings": peer(
+                    "sb3", "--settings", "zoo", *cart, "--steps", "100000", "--target", "475"
+                ),
             },
             arguments.seeds,
         ),
+        "steady": lambda: throughput(
+            "CartPole-v1, steps/s of learning once everything is compiled, each with its own settings",
+            {
+                "heeler (256 vectorised environments, 32-32)": heeler("cartpole-fast", 1_000_000),
+                "PureJaxRL's method, lean": peer("jax", "--steps", "1000000", "--variant", "lean", threads=2),
+                "PureJaxRL's method, as published": peer(
+                    "jax", "--steps", "1000000", "--variant", "published", threads=2
+                ),
+            },
+            "heeler (256 vectorised environments, 32-32)",
+            arguments.repeats,
+            "Heeler: 32 steps of 256 environments, one epoch of 16 minibatches, one thread. PureJaxRL's method: 128 steps"
+            " of 4 environments, 4 epochs of 4 minibatches, 64-64 tanh, two threads, as published. Both reach 475 so.",
+        ),
         "backends": lambda: backends(1.0),
     }  # fmt: skip
-    for name in arguments.only:
+    for name in arguments.only or sections:
         title, *table = sections[name]()
         replace_section(PAGE, name, [title, "", f"Machine: {hardware()}.", *table])
     pins = "; ".join(f"{name}: {', '.join(packages)}" for name, packages in PACKAGES.items())

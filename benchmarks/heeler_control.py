@@ -38,16 +38,16 @@ def config(case: str, steps: int, seed: int, threads: int, out: str) -> Any:
         out=out, seed=seed, steps=steps, threads=threads, eval_episodes=0, checkpoint_every=10**9
     )
     game, _, backend = case.partition("-")
-    backends = {"": Sync(), "vectorized": Vectorized(), "envpool": EnvPool(threads=1), "fast": EnvPool(threads=1)}
+    backends = {"": Sync(), "vectorized": Vectorized(), "envpool": EnvPool(threads=1), "fast": Vectorized()}
     update = PPOConfig(max_grad_norm=0.5, token_budget=1 << 20)
     from dataclasses import replace
 
     match game, backend:
         case "cartpole", "fast":
             return GymConfig(
-                env=EnvConfig(id="CartPole-v1", num_envs=64, backend=backends["fast"]), num_steps=64, lr=3e-3,
+                env=EnvConfig(id="CartPole-v1", num_envs=256, backend=backends["fast"]), num_steps=32, lr=5e-3,
                 network=MLP(hidden=(32, 32)), advantage=AdvantageConfig(gamma=0.98, lam=0.9),
-                lr_schedule=Schedule(shape="linear", end=0.1), ppo=replace(update, epochs=6, minibatches=8), **common,
+                lr_schedule=Schedule(shape="linear", end=0.1), ppo=replace(update, epochs=1, minibatches=16), **common,
             )  # fmt: skip
         case "cartpole", _:
             return GymConfig(
