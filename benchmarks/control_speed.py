@@ -221,8 +221,9 @@ def main() -> None:
             },
             "heeler (256 vectorised environments, 32-32)",
             arguments.repeats,
-            "Heeler: 32 steps of 256 environments, one epoch of 16 minibatches, one thread. PureJaxRL's method: 128 steps"
-            " of 4 environments, 4 epochs of 4 minibatches, 64-64 tanh, two threads, as published. Both reach 475 so.",
+            "Heeler: 32 steps of 256 environments, one epoch of 16 minibatches, one thread. PureJaxRL's method: 128"
+            " steps of 4 environments, 4 epochs of 4 minibatches, 64-64 tanh, two threads, as published. Both reach"
+            " 475 so.",
         ),
         "backends": lambda: backends(1.0),
     }  # fmt: skip

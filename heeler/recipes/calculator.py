@@ -43,7 +43,7 @@ class Calculator:
     out: str | None = None
     seed: int = 1
     examples: int = 400
-    updates: int = 20
+    updates: int = 10
     eval_prompts: int = 256
     threads: int | None = None
 
