@@ -73,6 +73,8 @@ FIGURES = {
     "reward/solved": "right answers, draws at temperature 1",
     "reward/solved/greedy": "right answers, most likely tokens",
     "exact": "exact match, draws",
+    "reward/answer/solved": "right answers, draws at temperature 1",
+    "reward/answer/solved/greedy": "right answers, most likely tokens",
     "episode/turns": "turns of an episode, draws (1: no call, 2: one call)",
     "episode/turns/greedy": "turns of an episode, most likely tokens",
     "exact/greedy": "exact match, most likely tokens",
@@ -96,7 +98,14 @@ OF_TASK = {
     "translate": ("reward", "sampled/chrf", "greedy/chrf", "sampled/bleu", "greedy/bleu", "length", "kl/ref"),
     "qa": ("reward", "reward/greedy", "exact", "exact/greedy", "length", "kl/ref"),
     "trivia": ("reward", "reward/greedy", "exact", "exact/greedy", "length", "kl/ref"),
-    "calculator": ("reward", "reward/greedy", "episode/turns", "episode/turns/greedy", "length", "kl/ref"),
+    "calculator": (
+        "reward/answer/solved",
+        "reward/answer/solved/greedy",
+        "episode/turns",
+        "episode/turns/greedy",
+        "length",
+        "kl/ref",
+    ),
 }
 
 
@@ -264,7 +273,7 @@ def train(wanted: list[tuple[str, int, Path]], parallel: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--tasks", nargs="+", choices=list(COMMANDS), default=["chain_sum", "syllogism", "qa", "translate", "rlhf"]
+        "--tasks", nargs="+", choices=list(COMMANDS), default=["syllogism", "calculator", "qa", "translate", "rlhf"]
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "tasks")

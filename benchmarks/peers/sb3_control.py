@@ -201,7 +201,7 @@ def make_environments(env: str, count: int, seed: int, settings: dict[str, Any],
 
 
 class Recorder(BaseCallback):
-    """Keeps the episode returns of training, which ends at the rollout that reaches the target, where there is one."""
+    """Keeps the episode returns of training, which ends after the update of the rollout that reaches the target."""
 
     def __init__(self, progress: Progress, target: float | None) -> None:
         super().__init__()

@@ -1,11 +1,12 @@
 """`heeler ppo calculator`: learning to call a tool, on sums that the model cannot do in its head.
 
-Fine-tuning shows both ways to answer, most often without the calculator, as it may be found in texts:
+Fine-tuning shows both ways to answer, most often the one without the calculator:
 
     ... 205 - 838 + 505 = -128                                               no call
     ... 205 - 838 + 505 = <calc>205 - 838 + 505</calc> = -128\\n-128          a call, its output, the answer
 
-PPO rewards right answers only. What it can learn is to call, to copy the sum, and to repeat the output.
+PPO pays for answers alone, as Reasoning Gym scores them (part of the credit where a wrong answer holds the right one).
+What it can learn is to call, to copy the sum, and to repeat the output.
 """
 
 from __future__ import annotations

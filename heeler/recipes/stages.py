@@ -147,10 +147,12 @@ def greedy_figures(model: str, config: TextConfig, file: Path, show: bool = True
     return read_json(file)
 
 
-def finish(out: Path, stages: Mapping[str, Mapping[str, float]], keep: Sequence[str], more: Mapping[str, Any]) -> None:
-    """Write OUT/summary.json and print the table of the stages."""
+def finish(
+    out: Path, stages: Mapping[str, Mapping[str, float]], keep: Sequence[str], more: Mapping[str, Any], look: str = ""
+) -> None:
+    """Write OUT/summary.json, print the table of the stages and what to `look` at next."""
     write_json(out / "summary.json", {"stages": stages, **more})
     shown = {title: {name: figures[name] for name in keep if name in figures} for title, figures in stages.items()}
     print("\nThe same held-out prompts, drawn at temperature 1 where the figure does not say greedy:")
     print(figures_table(shown))
-    print(f"{out}/summary.json has all figures; heeler sample {out}/ppo --prompt ...")
+    print(f"{out}/summary.json has all figures; {look or f'heeler sample {out}/ppo --prompt ...'}")

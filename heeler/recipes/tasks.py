@@ -23,6 +23,7 @@ from heeler.ppo.schedules import Schedule
 from heeler.ppo.update import PPOConfig
 from heeler.recipes.imdb import smollm2_folder
 from heeler.recipes.stages import claim, figures_of, finish, greedy_figures, ppo_stage, sft_stage, write_rows
+from heeler.train.dialogue import DialogueConfig
 from heeler.train.run import at_least
 from heeler.train.sft import SFTConfig
 from heeler.train.text import TextConfig
@@ -254,9 +255,11 @@ def train_stages(
     keep = (
         "reward",
         "reward/solved",
+        "reward/answer/solved",
         "exact",
         "reward/greedy",
         "reward/solved/greedy",
+        "reward/answer/solved/greedy",
         "exact/greedy",
         "episode/turns",
         "episode/turns/greedy",
@@ -264,5 +267,7 @@ def train_stages(
         "truncated_fraction",
         "kl/ref",
     )
-    finish(out, stages, keep, {"reward": config.reward})
+    dialogues = isinstance(config, DialogueConfig)  # heeler sample would write one turn
+    look = f"heeler eval {out}/ppo, or {out}/ppo/samples.jsonl for episodes" if dialogues else ""
+    finish(out, stages, keep, {"reward": config.reward}, look)
     return out

@@ -292,7 +292,10 @@ def read_rollout(policy: ActorCritic, rollout: VectorRollout, budget: int) -> tu
 
 
 def with_values_of(policy: ActorCritic, budget: int, scored: ScoredRollout) -> ScoredRollout:
-    """The same rollout with values and bootstraps by the critic as it is now; rewards and log-probabilities stay."""
+    """The same rollout with values and bootstraps by the critic as it is now; rewards and log-probabilities stay.
+
+    Steps after a memory keep the memory that their segment began with in the rollout.
+    """
     assert isinstance(scored.rollout, VectorRollout)
     _, values, bootstrap = read_rollout(policy, scored.rollout, budget)
     return replace(scored, values=values, bootstrap=bootstrap)

@@ -104,7 +104,9 @@ def train_loop(
             entropy=config.entropy_schedule.factor(state.step, config.updates),
         )
         refresh = None
-        if config.advantage.recompute and revalue is not None:
+        if config.advantage.recompute:
+            if revalue is None:
+                raise ValueError("advantage.recompute needs a run that can value a rollout again")
             refresh = partial(_judge_again, revalue, scored, config.advantage, reduce)
         metrics |= update(
             policy, state.optimizer, batch, ppo, generator=state.generator, reduce=reduce, refresh=refresh

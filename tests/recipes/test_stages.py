@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -160,7 +161,7 @@ def test_trivia_questions() -> None:
     assert gyroscope["answer"] == "A gyroscope" and "is unaffected by tilting or rotation" in gyroscope["prompt"]
 
 
-def test_a_calculator_is_shown_in_some_examples(tiny_smollm2: str, tmp_path: Path) -> None:
+def test_a_calculator_is_shown_in_some_examples(tiny_smollm2: str, tmp_path: Path, capsys: Any) -> None:
     """What fine-tuning shows is what the environment does: a call, its output, and the answer that the reward takes."""
     sums = reasoning_gym_prompts("chain_sum", 400, seed=3, **calculator.SUMS)
     examples = calculator.examples_of(sums, seed=0)
@@ -182,11 +183,21 @@ def test_a_calculator_is_shown_in_some_examples(tiny_smollm2: str, tmp_path: Pat
     out = calculator.run_calculator(recipe, show=False)
     stages = json.loads((out / "summary.json").read_text())["stages"]
     assert stages.keys() == {"base", "SFT", "SFT+PPO"}
+    assert {"reward/answer/solved", "reward/answer/solved/greedy"} <= stages["SFT+PPO"].keys()
     assert {"reward", "reward/greedy", "episode/turns", "episode/turns/greedy"} <= stages["SFT+PPO"].keys()
+    assert "heeler eval" in capsys.readouterr().out
     parts = [(out / "data" / f"{part}.jsonl").read_text() for part in ("held_out", "prompts")]
     asked = [{json.loads(line)["prompt"] for line in part.splitlines()} for part in parts]
     assert len(asked[0]) == 8 and not asked[0] & asked[1]
-    assert calculator.run_calculator(recipe, show=False) == out  # complete: nothing is repeated
+    whole = stages["SFT+PPO"]
+    shutil.rmtree(out / "ppo" / "policy")  # as if it had been interrupted after its last update
+    summary = json.loads((out / "ppo" / "summary.json").read_text())
+    del summary["eval/after"]
+    (out / "ppo" / "summary.json").write_text(json.dumps(summary))
+    trained = (out / "ppo" / "metrics.jsonl").read_text()
+    assert calculator.run_calculator(recipe, show=False) == out
+    assert json.loads((out / "summary.json").read_text())["stages"]["SFT+PPO"] == whole
+    assert (out / "ppo" / "metrics.jsonl").read_text() == trained
 
 
 @pytest.mark.slow
