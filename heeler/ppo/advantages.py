@@ -87,10 +87,9 @@ def gae(rewards: Tensor, values: Tensor, bootstrap: Tensor, offsets: Tensor, gam
 
     grid = deltas.new_zeros(int(lengths.max()), num_segments)  # (L, S); beyond a segment's end it stays 0
     grid[position, segment] = deltas
-    carry = grid.new_zeros(num_segments)
-    for t in range(grid.shape[0] - 1, -1, -1):
-        carry = grid[t] + gamma * lam * carry
-        grid[t] = carry
+    rows = grid.unbind(0)
+    for t in range(len(rows) - 2, -1, -1):
+        rows[t].add_(rows[t + 1], alpha=gamma * lam)
     return grid[position, segment]
 
 

@@ -135,9 +135,10 @@ class RewardScaler:
         position = torch.arange(len(given)) - offsets[segment]
         grid = torch.zeros(int(lengths.max()), num_segments, dtype=torch.float64)
         grid[position, segment] = given
-        for t in range(len(grid)):
-            carry = self.gamma * carry + grid[t]
-            grid[t] = carry
+        rows = grid.unbind(0)
+        rows[0].add_(carry, alpha=self.gamma)
+        for t in range(1, len(rows)):
+            rows[t].add_(rows[t - 1], alpha=self.gamma)
         returns = grid[position, segment]
         self.moments = self.moments.merge(returns, LocalReduce())
         after = torch.where(rollout.ended, torch.zeros_like(carry), returns[offsets[1:] - 1])
