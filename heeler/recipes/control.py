@@ -1,7 +1,8 @@
 """Recipes for environments: settings that were found to work, one entry a task.
 
 What is not named in an entry is `GymConfig`'s default. MuJoCo shares one entry; HalfCheetah
-and Ant begin with less noise, Swimmer with more, and it looks further ahead: its best gait is beyond a valley.
+and Ant begin with less noise, HalfCheetah's advantages are computed again in each epoch, and Swimmer begins with more
+noise and looks further ahead: its best gait is beyond a valley.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def acrobot() -> GymConfig:
         steps=1_000_000,
         num_steps=256,
         normalize_observations=True,
+        lr=1e-3,
         advantage=AdvantageConfig(gamma=0.99, lam=0.94),
         ppo=ppo(4, 64),
     )
@@ -52,11 +54,12 @@ def mountaincar() -> GymConfig:
     return GymConfig(
         env=EnvConfig(id="MountainCar-v0", num_envs=16),
         steps=1_000_000,
-        num_steps=16,
+        num_steps=64,
         normalize_observations=True,
         scale_rewards=True,
+        lr=1e-3,
         advantage=AdvantageConfig(gamma=0.99, lam=0.98),
-        ppo=ppo(4, 4),
+        ppo=ppo(4, 16),
     )
 
 
@@ -100,7 +103,7 @@ def bipedalwalker() -> GymConfig:
     )
 
 
-def mujoco(id: str, gamma: float = 0.99, log_std: float = -0.5) -> GymConfig:
+def mujoco(id: str, gamma: float = 0.99, log_std: float = -0.5, recompute: bool = False) -> GymConfig:
     return GymConfig(
         env=EnvConfig(id=id, num_envs=8),
         steps=1_000_000,
@@ -108,7 +111,7 @@ def mujoco(id: str, gamma: float = 0.99, log_std: float = -0.5) -> GymConfig:
         log_std=log_std,
         normalize_observations=True,
         scale_rewards=True,
-        advantage=AdvantageConfig(gamma=gamma, lam=0.95),
+        advantage=AdvantageConfig(gamma=gamma, lam=0.95, recompute=recompute),
         ppo=ppo(10, 32, target_kl=0.02),
     )
 
@@ -153,7 +156,7 @@ RECIPES: dict[str, Callable[[], GymConfig]] = {
     "lunarlander": lunarlander,
     "lunarlander-continuous": lunarlander_continuous,
     "bipedalwalker": bipedalwalker,
-    "halfcheetah": lambda: mujoco("HalfCheetah-v5", log_std=-1.0),
+    "halfcheetah": lambda: mujoco("HalfCheetah-v5", log_std=-1.0, recompute=True),
     "hopper": lambda: mujoco("Hopper-v5"),
     "walker2d": lambda: mujoco("Walker2d-v5"),
     "ant": lambda: mujoco("Ant-v5", log_std=-1.0),
