@@ -106,8 +106,18 @@ class _Record:
     rows: list[Tensor] = field(default_factory=list[Tensor])
     said: list[Tensor] = field(default_factory=list[Tensor])
 
+    def mean(self, of: Callable[[Tensor, Tensor], Tensor], reduce: Reduce) -> float:
+        """Mean of a function of new and old log-probabilities, by policy weight and over all processes, or NaN."""
+        sums = torch.zeros(2, dtype=torch.float64)
+        if self.rows:
+            rows, said = torch.cat(self.rows), torch.cat(self.said, dim=1)
+            weights = rows[:, 4]
+            sums = torch.stack([weights, _weighted(weights, of(said[0], rows[:, 0]))]).double().sum(1).cpu()
+        weight, total = (float(x) for x in reduce.sum(sums))
+        return total / weight if weight else math.nan
+
     def sums(self, clip_low: float, clip_high: float) -> tuple[Tensor, float]:
-        """Sums `[8]` over the decisions (in the order of `_SUMS`), and the largest ratio."""
+        """Sums `[7]` over the decisions (in the order of `_SUMS`), and the largest ratio."""
         if not self.rows:
             return torch.zeros(len(_SUMS), dtype=torch.float64), -math.inf
         old_logprobs, _, advantages, _, weights, value_weights, _ = torch.cat(self.rows).unbind(1)
@@ -119,17 +129,20 @@ class _Record:
             policy_terms,
             value_terms,
             _weighted(weights, entropy),
-            _weighted(weights, (ratios - 1).abs()),
             weights * is_clipped(logprobs, old_logprobs, advantages, clip_low, clip_high),
-            # KL(old || new), sampled from old: the k3 estimate with the roles of the two exchanged
-            _weighted(weights, kl_estimate(old_logprobs, logprobs, "k3")),
+            _weighted(weights, kl_old_new(logprobs, old_logprobs)),
         ]
         counted = ratios[weights > 0]
         largest = float(counted.max()) if len(counted) else -math.inf
         return torch.stack(terms).double().sum(1).cpu(), largest
 
 
-_SUMS = ("weight", "value_weight", "policy_loss", "value_loss", "entropy", "ratio_error", "clipped", "kl")
+_SUMS = ("weight", "value_weight", "policy_loss", "value_loss", "entropy", "clipped", "kl")
+
+
+def kl_old_new(logprobs: Tensor, old_logprobs: Tensor) -> Tensor:
+    """KL(old || new) of each decision, sampled from old: the k3 estimate with the roles of the two exchanged."""
+    return kl_estimate(old_logprobs, logprobs, "k3")
 
 
 def _mean(sums: Tensor, name: str, weight: str = "weight") -> float:
@@ -199,7 +212,7 @@ def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> float:
     gradient = parameters[0].grad  # one flat vector: a few operations are enough
     if gradient is None:
         return 0.0
-    norm = float(gradient.square().sum().sqrt())
+    norm = float(torch.linalg.vector_norm(gradient))  # pyright: ignore
     if norm > max_norm:
         gradient.mul_(max_norm / (norm + 1e-6))
     return norm
@@ -283,8 +296,7 @@ def update(
                     " lower the learning rate, or look for NaN in the rewards and in the model's weights"
                 )
             if optimizer_steps == 0:
-                first, _ = record.sums(*config.clip_ranges)
-                error = _mean(reduce.sum(first), "ratio_error")
+                error = record.mean(lambda new, old: (ratio(new, old) - 1).abs(), reduce)
                 if error > config.ratio_tolerance:
                     raise CheckFailed(
                         f"the probability ratio is off 1 by {error:.2g} on average at the first minibatch, before any"
@@ -305,8 +317,8 @@ def update(
             optimizer.step()
             optimizer_steps += 1
         if config.target_kl is not None:
-            epoch_sums, _ = _Record(record.rows[before:], record.said[before:]).sums(*config.clip_ranges)
-            if _mean(reduce.sum(epoch_sums), "kl") > config.target_kl:
+            of_epoch = _Record(record.rows[before:], record.said[before:])
+            if of_epoch.mean(kl_old_new, reduce) > config.target_kl:
                 stopped = epoch + 1 < config.epochs
                 break
 

@@ -213,12 +213,12 @@ def _train_and_export(run: Run, on_update: OnUpdate | None, show: bool) -> None:
     bar = progress(config.updates, "PPO", "update", done=state.step, show=show)
     started = time.perf_counter()
     last_said = -float("inf")
-    random = machine.random_states()
+    random = _random_states(run)
     with interruptible() as interrupted:
 
         def after_update(report: UpdateReport) -> bool:
             nonlocal last_said, random
-            random = machine.random_states()
+            random = _random_states(run)
             unavailable = None
             if _evaluation_is_due(run):
                 try:
@@ -235,7 +235,7 @@ def _train_and_export(run: Run, on_update: OnUpdate | None, show: bool) -> None:
                 on_update(report)
             if unavailable is not None:
                 raise unavailable
-            random = machine.random_states()
+            random = _random_states(run)
             best = run.summary.get("best", {}).get("step")
             if state.step % config.checkpoint_every == 0 or interrupted.is_set() or state.step == config.updates:
                 save(run, keep_best=best)
@@ -269,6 +269,11 @@ def _train_and_export(run: Run, on_update: OnUpdate | None, show: bool) -> None:
             run.export(folder.path / "best")
     run.summary["peak_memory_gib"] = round(machine.peak_memory_gib(), 2)
     folder.write_summary(run.summary)
+
+
+def _random_states(run: Run) -> dict[str, Any]:
+    """Of all generators, where an update can begin again after its reward failed. (Others do many updates a second.)"""
+    return machine.random_states() if run.rollouts_are_pure else {}
 
 
 def _evaluation_is_due(run: Run) -> bool:
