@@ -272,9 +272,8 @@ def train(wanted: list[tuple[str, int, Path]], parallel: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--tasks", nargs="+", choices=list(COMMANDS), default=["syllogism", "calculator", "qa", "translate", "rlhf"]
-    )
+    usual = ["chain_sum", "syllogism", "calculator", "qa", "trivia", "translate", "rlhf"]
+    parser.add_argument("--tasks", nargs="+", choices=list(COMMANDS), default=usual)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "tasks")
     parser.add_argument("--parallel", type=int, default=2)

@@ -144,7 +144,12 @@ def test_advantages_are_computed_again_by_the_critic_of_each_epoch(memory, tmp_p
     batches, scores = [], []
     advantage = AdvantageConfig(gamma=0.9, lam=0.9, recompute=True)
     estimate = loop.estimate_advantages
-    monkeypatch.setattr(loop, "estimate_advantages", lambda s, *rest: (scores.append(s) or True) and estimate(s, *rest))
+
+    def kept(scored, *rest):
+        scores.append(scored)
+        return estimate(scored, *rest)
+
+    monkeypatch.setattr(loop, "estimate_advantages", kept)
 
     def watched(policy, optimizer, batch, ppo, *, refresh, **rest):
         assert refresh is not None
