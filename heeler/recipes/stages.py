@@ -21,6 +21,7 @@ from heeler.runtime.progress import say
 from heeler.runtime.runs import read_json, write_json
 from heeler.train.dialogue import DialogueConfig, build_dialogue_run, resume_dialogue, train_dialogue
 from heeler.train.report import figures_table
+from heeler.train.reward_run import RewardTask, resume_reward, train_reward
 from heeler.train.run import default_out
 from heeler.train.sft import SFTConfig, resume_sft, train_sft
 from heeler.train.text import TextConfig, TextRun, build_text_run, resume_text, train_text
@@ -63,10 +64,14 @@ def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _state(folder: Path) -> str:
+    if (folder / "model").is_dir() and (folder / "summary.json").exists():
+        return "complete"  # a reward model
     if (folder / "policy").is_dir() and "eval/after" in (read_json(folder / "summary.json")):
         return "complete"
     if (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir()):
         return "interrupted"
+    if (folder / "config.json").exists() and read_json(folder / "config.json").get("verb") == "reward":
+        return "interrupted"  # it begins again where nothing was kept
     if folder.exists():
         raise HeelerError(f"{folder} exists and is no run that could go on: move it away, or choose another --out")
     return "new"
@@ -95,6 +100,12 @@ def sft_stage(config: SFTConfig, show: bool = True) -> dict[str, Any]:
     """Fine-tune into `config.out` where that is not done; its summary."""
     folder = Path(str(config.out))
     return _stage(folder, lambda: train_sft(config, show=show), lambda: resume_sft(folder, show=show), show)
+
+
+def reward_stage(task: RewardTask, show: bool = True) -> dict[str, Any]:
+    """Train the reward model of `task.out` where that is not done; its summary."""
+    folder = Path(str(task.out))
+    return _stage(folder, lambda: train_reward(task, show=show), lambda: resume_reward(folder, show=show), show)
 
 
 def ppo_stage(config: TextConfig, show: bool = True) -> dict[str, Any]:

@@ -12,13 +12,15 @@ completions of the training set have mean 0 and standard deviation 1 [Stiennon e
 
 from __future__ import annotations
 
+import math
 import random
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,12 +28,18 @@ from torch import Tensor
 from heeler.data.preferences import Preference
 from heeler.policies import loading
 from heeler.policies.splitting import layer_list
+from heeler.ppo.minibatches import budgeted_microbatches, pass_budget
 from heeler.ppo.schedules import Schedule
 from heeler.runtime import machine
 from heeler.runtime.configs import to_json
-from heeler.runtime.progress import progress
+from heeler.runtime.progress import progress, say
 from heeler.runtime.runs import write_json
+from heeler.train.run import interruptible
 from heeler.types import CheckFailed, HeelerError
+
+STATE = "training.pt"
+COUNTERS = ("order", "done", "step", "seconds", "recent")
+SAVE_EVERY = 300.0  # seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +60,10 @@ class RewardConfig:
         label_smoothing: pulls targets toward 1/2: keeps the logits of the reward in a range that PPO can use.
         centring: coefficient of (s(chosen) + s(rejected))^2.
         normalize: store gain and bias that give chosen completions mean 0 and standard deviation 1.
+        token_budget: tokens of one forward and backward pass, padding included; None takes 1,024 on a CPU, where larger
+            passes gain no speed, and 8,192 elsewhere. It changes memory and speed, not the gradient.
         seed: of the order and the crops.
+        device: "auto" takes a GPU where there is one.
         threads: CPU threads; None takes all.
         precision: "auto" measures; bf16 keeps the weights in fp32 and computes under autocast.
     """
@@ -71,29 +82,11 @@ class RewardConfig:
     label_smoothing: float = 0.0
     centring: float = 0.0
     normalize: bool = True
+    token_budget: int | None = None
     seed: int = 0
+    device: str = "auto"
     threads: int | None = None
     precision: machine.Precision = "auto"
-
-
-class RewardData(Protocol):
-    """What the training loop needs of its data."""
-
-    kind: str  # "labels" or "preferences", for the model's config
-
-    def __len__(self) -> int: ...
-    @property
-    def num_tokens(self) -> int:
-        """Real tokens of one pass over the data, whole texts."""
-        ...
-
-    def draw(self, items: Sequence[int], config: RewardConfig, rng: random.Random) -> list[list[int]]:
-        """Token rows of a batch, special tokens included."""
-        ...
-
-    def loss(self, items: Sequence[int], scores: Tensor, config: RewardConfig) -> Tensor:
-        """Mean loss of a batch from the scores `[B]` of its rows."""
-        ...
 
 
 class _Tokenized:
@@ -119,7 +112,11 @@ class _Tokenized:
 
 
 class LabelledTexts:
-    """Texts with yes-or-no labels; crops are cut from the tokens."""
+    """Texts with yes-or-no labels; crops are cut from the tokens.
+
+    `draw` gives the token rows of a batch, special tokens included; `loss` the mean loss of a batch from the scores of
+    its rows; `num_tokens` is one pass over the data, whole texts.
+    """
 
     kind = "labels"
 
@@ -153,7 +150,7 @@ class LabelledTexts:
 
 
 class PreferencePairs:
-    """Pairs of texts, the better one first."""
+    """Pairs of texts, the better one first: two rows an item, otherwise like `LabelledTexts`."""
 
     kind = "preferences"
 
@@ -186,6 +183,36 @@ class PreferencePairs:
             wrong = -torch.nn.functional.logsigmoid(-differences)
             loss = (1 - config.label_smoothing) * loss + config.label_smoothing * wrong
         return (loss + config.centring * (chosen + rejected) ** 2).mean()
+
+
+def reward_gradients(
+    model: Any,
+    data: LabelledTexts | PreferencePairs,
+    items: Sequence[int],
+    rows: Sequence[list[int]],
+    config: RewardConfig,
+    computing: AbstractContextManager[Any],
+) -> float:
+    """Add the gradient of the mean loss of `items`, whose token rows lie in `rows` in their order; returns the loss.
+
+    Items of similar length share a forward pass (under `computing`), so that little is padded; the denominator belongs
+    to all of them, so the passes do not change the gradient.
+    """
+    of_item = len(rows) // len(items)  # 1, or the 2 sides of a pair
+    costs = [of_item * max(map(len, rows[k : k + of_item])) for k in range(0, len(rows), of_item)]
+    budget = pass_budget(config.token_budget, model.device)
+    total = 0.0
+    for part in budgeted_microbatches(torch.arange(len(items)), torch.tensor(costs), budget):
+        chosen = part.tolist()
+        ids = [rows[k] for i in chosen for k in range(of_item * i, of_item * (i + 1))]
+        batch = data.texts.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(model.device)
+        with computing:
+            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        loss = data.loss([items[i] for i in chosen], logits[:, 0].float(), config) * (len(chosen) / len(items))
+        if math.isfinite(loss.item()):
+            loss.backward()
+        total += loss.item()
+    return total
 
 
 @torch.no_grad()
@@ -258,74 +285,123 @@ def calibration_error(probabilities: Tensor, outcomes: Tensor, bins: int = 10) -
     return float((predicted - happened).abs().sum() / count.sum())
 
 
+@dataclass(kw_only=True)
+class _Training:
+    """What training changes; all of it is kept when it is interrupted.
+
+    Attributes:
+        model, optimizer: of the classifier.
+        rng: of the order and the crops.
+        order: items of this pass over the data that are still to come.
+        done, step, seconds: tokens, optimiser steps and time so far.
+        recent: the last losses, for the progress bar.
+    """
+
+    model: Any
+    optimizer: torch.optim.Optimizer
+    rng: random.Random
+    order: list[int] = field(default_factory=list[int])
+    done: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    recent: list[float] = field(default_factory=list[float])
+
+    def save(self, folder: Path, identity: Mapping[str, Any], again: str) -> None:
+        """Write aside, then rename."""
+        folder.mkdir(parents=True, exist_ok=True)
+        aside = folder / f"{STATE}.new"
+        counters = {name: getattr(self, name) for name in COUNTERS}
+        state = {
+            "identity": dict(identity), "weights": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            "rng": self.rng.getstate(), **counters,
+        }  # fmt: skip
+        try:
+            torch.save(state, aside)
+            aside.replace(folder / STATE)
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            aside.unlink(missing_ok=True)
+            reason = str(error).splitlines()[0]
+            raise HeelerError(
+                f"cannot keep the reward model's training in {folder}: {reason}; free some space, then {again}"
+            ) from error
+
+    def load(self, folder: Path, identity: Mapping[str, Any]) -> bool:
+        """Whether there was a state of the same training, which then is this one's."""
+        if not (folder / STATE).exists():
+            return False
+        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+        if state["identity"] != identity:
+            return False
+        self.model.load_state_dict(state["weights"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.rng.setstate(state["rng"])
+        for name in COUNTERS:
+            setattr(self, name, state[name])
+        return True
+
+
 def train_reward_model(
     config: RewardConfig,
     train: LabelledTexts | PreferencePairs,
     tests: Mapping[str, tuple[LabelledTexts | PreferencePairs, int | None]],
     out: Path,
     show: bool = True,
+    on_start: Callable[[int], None] | None = None,
     on_step: Callable[[dict[str, float]], None] | None = None,
+    again: str = "give the same command again",
 ) -> dict[str, Any]:
     """Train, measure on each of `tests` (name -> data, and the length at which texts are read), and write the folder
     aside, then rename.
 
-    Returns what is written to `heeler.json`: the config, the figures, the seconds; and for preferences `scores`, the
-    normalised scores of chosen and rejected of each test. `on_step` gets the metrics of each optimiser step.
+    Every five minutes and at Ctrl-C the state of training is kept in `OUT.training`; called again with the same config
+    and data it goes on from there, with the same numbers. `again` tells the user how. Returns what is written to
+    `heeler.json`: the config, the figures, the seconds; and for preferences `scores`, the normalised scores of chosen
+    and rejected of each test. `on_start` gets the number of steps that are done already, `on_step` the metrics of each
+    optimiser step.
     """
     machine.keep_freed_memory()
     machine.set_threads(config.threads)
     torch.manual_seed(config.seed)
     tokenizer = train.texts.tokenizer
-    precision, _ = machine.choose_precision(config.precision, "cpu")
-    computing = torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16")
-    model = loading.load_classifier(config.model, num_labels=1)
+    device = torch.device(machine.choose_device(config.device))
+    precision, _ = machine.choose_precision(config.precision, str(device))
+    computing = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    model = loading.load_classifier(config.model, num_labels=1).to(device)
     model.config.pad_token_id = tokenizer.pad_token_id  # a causal model looks for its last token by it
     encoder, head = _parts(model, config.frozen_layers)
     optimizer = torch.optim.AdamW(
         [{"params": encoder, "lr": config.lr}, {"params": head, "lr": config.head_lr}],
         betas=(0.9, 0.98),
         weight_decay=0.01,
-        fused=machine.fused_adam("cpu"),
+        fused=machine.fused_adam(str(device)),
     )
-    peaks = [group["lr"] for group in optimizer.param_groups]
-    rng = random.Random(config.seed)
-    order: list[int] = []
-    schedule = Schedule(shape="linear")
+    training = _Training(model=model, optimizer=optimizer, rng=random.Random(config.seed))
     total = config.tokens or max(1, round(config.epochs * train.num_tokens))
-    done, step, started = 0, 0, time.perf_counter()
-    recent: list[float] = []
-    bar = progress(total, "reward model", "token", show=show)
-    while done < total:
-        factor = min((step + 1) / max(config.warmup, 1), 1.0) * schedule.factor(done, total)
-        for group, peak in zip(optimizer.param_groups, peaks, strict=True):
-            group["lr"] = peak * factor
-        while len(order) < config.batch_size:
-            more = list(range(len(train)))
-            rng.shuffle(more)
-            order += more
-        items, order = order[: config.batch_size], order[config.batch_size :]
-        batch = tokenizer.pad({"input_ids": train.draw(items, config, rng)}, return_tensors="pt")
-        with computing:
-            output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        loss = train.loss(items, output.logits[:, 0].float(), config)
-        if not torch.isfinite(loss):
-            raise CheckFailed(
-                f"the reward model's loss became {loss.item()} at step {step + 1}: lower its learning rate"
-            )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_([*encoder, *head], 1.0)
-        optimizer.step()
-        count = int(batch["attention_mask"].sum())
-        done, step = done + count, step + 1
-        recent = [*recent[-29:], loss.item()]
-        if on_step is not None:
-            seconds = time.perf_counter() - started
-            on_step({"step": step, "tokens": done, "loss": loss.item(), "lr": config.lr * factor, "seconds": seconds})
-        bar.update(min(count, total - bar.n))
-        bar.set_postfix_str(f"loss {sum(recent) / len(recent):.3f}", refresh=False)
-    bar.close()
-    seconds = time.perf_counter() - started
+    kept = out.with_name(out.name + ".training")
+    # the machine's part of the config may change between two sessions, the training not
+    identity = to_json(replace(config, device="auto", threads=None, precision="auto", token_budget=None))
+    identity |= {"items": len(train), "num_tokens": train.num_tokens}
+    if training.load(kept, identity):
+        say(f"continuing the reward model after {training.done:,} of {total:,} tokens", show)
+    if on_start is not None:
+        on_start(training.step)
+    bar = progress(total, "reward model", "token", done=min(training.done, total), show=show)
+    saved = time.monotonic()
+    with interruptible() as interrupted:
+        try:
+            while training.done < total and not interrupted.is_set():
+                metrics = _step(training, train, config, total, computing)
+                bar.update(min(training.done, total) - bar.n)
+                bar.set_postfix_str(f"loss {sum(training.recent) / len(training.recent):.3f}", refresh=False)
+                if on_step is not None:
+                    on_step(metrics)
+                if interrupted.is_set() or training.done >= total or time.monotonic() - saved > SAVE_EVERY:
+                    training.save(kept, identity, again)
+                    saved = time.monotonic()
+        finally:
+            bar.close()
+    if training.done < total:
+        raise KeyboardInterrupt(f"stopped after {training.done:,} of {total:,} tokens; to continue, {again}")
     score: dict[str, Any] = {"kind": train.kind, "scale": 1.0, "shift": 0.0}
     if isinstance(train, PreferencePairs) and config.normalize:
         chosen = [train.texts.row(2 * i) for i in range(min(len(train), 1000))]
@@ -346,8 +422,8 @@ def train_reward_model(
     report = {
         "config": to_json(config),
         "precision": precision,
-        "seconds": round(seconds, 1),
-        "steps": step,
+        "seconds": round(training.seconds, 1),
+        "steps": training.step,
         "score": score,
         "figures": figures,
     }
@@ -358,7 +434,43 @@ def train_reward_model(
     write_json(aside / "heeler.json", report)
     shutil.rmtree(out, ignore_errors=True)
     aside.rename(out)
+    shutil.rmtree(kept, ignore_errors=True)
     return {**report, "scores": plots} if plots else report
+
+
+def _step(
+    training: _Training,
+    train: LabelledTexts | PreferencePairs,
+    config: RewardConfig,
+    total: int,
+    computing: AbstractContextManager[Any],
+) -> dict[str, float]:
+    """One optimiser step; its metrics."""
+    started = time.perf_counter()
+    factor = min((training.step + 1) / max(config.warmup, 1), 1.0)
+    factor *= Schedule(shape="linear").factor(training.done, total)
+    groups = training.optimizer.param_groups
+    for group, peak in zip(groups, (config.lr, config.head_lr), strict=True):
+        group["lr"] = peak * factor
+    while len(training.order) < config.batch_size:
+        more = list(range(len(train)))
+        training.rng.shuffle(more)
+        training.order += more
+    items, training.order = training.order[: config.batch_size], training.order[config.batch_size :]
+    rows = train.draw(items, config, training.rng)
+    training.optimizer.zero_grad(set_to_none=True)
+    loss = reward_gradients(training.model, train, items, rows, config, computing)
+    if not math.isfinite(loss):
+        raise CheckFailed(f"the reward model's loss became {loss} at step {training.step + 1}: lower its learning rate")
+    torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
+    training.optimizer.step()
+    training.done, training.step = training.done + sum(map(len, rows)), training.step + 1
+    training.seconds += time.perf_counter() - started
+    training.recent = [*training.recent[-29:], loss]
+    return {
+        "step": training.step, "tokens": training.done, "loss": loss, "lr": config.lr * factor,
+        "seconds": training.seconds,
+    }  # fmt: skip
 
 
 def _parts(model: Any, frozen_layers: int) -> tuple[list[Tensor], list[Tensor]]:

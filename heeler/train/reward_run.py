@@ -13,8 +13,9 @@ import tyro
 from heeler.data.preferences import Preference, check_disjoint, load_labels, load_preferences, split_by_prompt
 from heeler.data.tables import named_rows
 from heeler.policies import loading
-from heeler.runtime.configs import to_json
+from heeler.runtime.configs import from_json, to_json
 from heeler.runtime.progress import say
+from heeler.runtime.runs import RunFolder
 from heeler.train.reward import LabelledTexts, PreferencePairs, RewardConfig, train_reward_model
 from heeler.train.run import default_out, new_folder
 from heeler.types import HeelerError
@@ -57,17 +58,41 @@ def train_reward(
         what stands in summary.json.
     """
     with new_folder(task.out or default_out("reward")) as folder:
-        source = data if data is not None else task.data
-        if not source:
-            raise HeelerError("no data were given: --data FILE with prompt, chosen and rejected, or text and label")
-        train, test = _load(task, source, eval_data if eval_data is not None else task.eval_data)
+        train, test = _load(task, data, eval_data)
     config = {**to_json(task), "out": str(folder.path)}
     folder.write_config({"verb": "reward", "config": config})
+    return _train(task.training, train, test, folder, show)
+
+
+def resume_reward(
+    path: str | Path,
+    *,
+    data: Sequence[Any] | None = None,
+    eval_data: Sequence[Any] | None = None,
+    show: bool = True,
+) -> dict[str, Any]:
+    """Continue an interrupted training from the state that it kept, or from the start where it kept none yet."""
+    folder = RunFolder.open(path)
+    if (folder.path / "summary.json").exists():
+        raise HeelerError(f"{folder.path} is complete: a reward model is trained on the tokens that it was begun with")
+    task: RewardTask = from_json(RewardTask, folder.read_config()["config"], str(folder.path / "config.json"))
+    train, test = _load(task, data, eval_data)
+    return _train(task.training, train, test, folder, show)
+
+
+def _train(
+    config: RewardConfig,
+    train: LabelledTexts | PreferencePairs,
+    test: LabelledTexts | PreferencePairs,
+    folder: RunFolder,
+    show: bool,
+) -> dict[str, Any]:
     say(f"{len(train):,} {train.kind} to train on, {len(test):,} held out", show)
     try:
         report = train_reward_model(
-            task.training, train, {"held_out": (test, None)}, folder.path / "model", show=show, on_step=folder.log
-        )
+            config, train, {"held_out": (test, None)}, folder.path / "model", show=show, on_start=folder.forget_after,
+            on_step=folder.log, again=f"run: heeler resume {folder.path}",
+        )  # fmt: skip
     finally:
         folder.close()
     scores = report.pop("scores", None)
@@ -91,8 +116,11 @@ def train_reward(
 
 
 def _load(
-    task: RewardTask, source: str | Sequence[Any], held_out: str | Sequence[Any] | None
+    task: RewardTask, data: Sequence[Any] | None, eval_data: Sequence[Any] | None
 ) -> tuple[LabelledTexts, LabelledTexts] | tuple[PreferencePairs, PreferencePairs]:
+    source, held_out = data if data is not None else task.data, eval_data if eval_data is not None else task.eval_data
+    if not source:
+        raise HeelerError("no data were given: --data FILE with prompt, chosen and rejected, or text and label")
     if not 0 < task.eval_share < 1:
         raise HeelerError(f"--eval-share is {task.eval_share}: it must lie between 0 and 1")
     tokenizer = loading.load_tokenizer(task.training.model)

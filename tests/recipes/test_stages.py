@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from heeler.data.reasoning import reasoning_gym_prompts
 from heeler.envs.tools import Calculator
 from heeler.policies.loading import load_causal_lm, load_tokenizer
 from heeler.recipes import calculator, rlhf, stages, tasks
+from heeler.runtime.runs import RunFolder
+from heeler.train.reward import RewardConfig
+from heeler.train.reward_run import RewardTask
 from heeler.train.sft import SFTConfig
 from heeler.train.text import TextConfig
 from heeler.types import HeelerError
@@ -90,6 +94,26 @@ def test_an_interrupted_stage_goes_on(tiny_smollm2: str, tmp_path: Path, monkeyp
     parts = tasks.run_arithmetic(recipe)
     figures = [json.loads((folder / "summary.json").read_text())["stages"] for folder in (whole, parts)]
     assert figures[0] == figures[1]
+
+
+def test_an_interrupted_classifier_goes_on(tiny_smollm2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"prompt": f"the {i}", "chosen": " good", "rejected": " bad"} for i in range(12)]
+    training = RewardConfig(model=tiny_smollm2, batch_size=2, threads=1, precision="fp32")
+    pairs = stages.write_rows(tmp_path / "pairs.jsonl", rows)
+    task = RewardTask(data=pairs, out=str(tmp_path / "rm"), training=training)
+    logged: list[float] = []
+
+    def log(folder: RunFolder, metrics: dict[str, float]) -> None:
+        logged.append(metrics["step"])
+        if len(logged) == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(RunFolder, "log", log)
+    with pytest.raises(KeyboardInterrupt, match="go on with the same command and --out"):
+        stages.reward_stage(task, show=False)
+    summary = stages.reward_stage(task, show=False)
+    assert logged == [*range(1, summary["updates"] + 1)] and summary["updates"] > 3
+    assert stages.reward_stage(task, show=False) == summary and len(logged) == summary["updates"]
 
 
 def test_a_folder_that_is_no_run_is_refused(tiny_smollm2: str, tmp_path: Path) -> None:

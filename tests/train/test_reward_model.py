@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
+import signal
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,13 +17,22 @@ from transformers import AutoModelForSequenceClassification
 
 from heeler import RewardConfig, RewardTask, train_reward
 from heeler.data.preferences import load_preferences, split_by_prompt
+from heeler.policies import loading
 from heeler.policies.inputs import TokenInputs
 from heeler.policies.language_model import LanguageModelPolicy, SeparateCritic, TopLayers
 from heeler.policies.loading import load_causal_lm, load_tokenizer
 from heeler.rewards.classifier import ClassifierReward
 from heeler.rewards.specs import load_reward
+from heeler.runtime.runs import RunFolder
 from heeler.train import reward as reward_training
-from heeler.train.reward import LabelledTexts, PreferencePairs, accuracy, calibration_error, train_reward_model
+from heeler.train.reward import (
+    LabelledTexts,
+    PreferencePairs,
+    accuracy,
+    calibration_error,
+    reward_gradients,
+    train_reward_model,
+)
 from heeler.train.text import build_text_run
 from heeler.types import HeelerError
 from tests.runs import small
@@ -92,6 +103,148 @@ def test_a_classifier_computes_in_the_runs_precision(encoder: str, tiny_llama: s
     for precision in ("fp32", "bf16"):
         run = build_text_run(small(tiny_llama, tmp_path / "run", reward=str(tmp_path / "rm"), precision=precision))
         assert isinstance(run.reward, ClassifierReward) and run.reward.precision == precision
+
+
+MIXED = ["good", "the bad film the good a poor film", "a film", "fine fine fine", "bad", "the a the a the poor"]
+
+
+@pytest.mark.parametrize("kind", ["labels", "preferences"])
+def test_passes_do_not_change_the_gradient(encoder: str, kind: str) -> None:
+    """Rows of mixed length: item by item, in passes of 12 tokens and all at once in the order that was drawn."""
+    tokenizer = load_tokenizer(encoder)
+    pairs = [{"prompt": "the", "chosen": text, "rejected": f"{text} a bad", "margin": 0.1 * i} for i, text in
+             enumerate(MIXED)]  # fmt: skip
+    data = (
+        LabelledTexts(MIXED, [True, False] * 3, tokenizer)
+        if kind == "labels"
+        else PreferencePairs(load_preferences(pairs, max_tokens=None), tokenizer)
+    )
+    model = loading.load_classifier(encoder, num_labels=1)
+    config, items = RewardConfig(model=encoder, centring=0.1), [3, 1, 5, 0, 4]
+    rows = data.draw(items, config, random.Random(0))
+    batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt")
+    expected = data.loss(items, model(**batch).logits[:, 0], config)
+    expected.backward()
+    gradients = [p.grad.clone() if p.grad is not None else None for p in model.parameters()]
+    assert sum(g is not None and bool(g.abs().sum() > 0) for g in gradients) > 10
+    passes = 0
+
+    def count(*_: Any) -> None:
+        nonlocal passes
+        passes += 1
+
+    model.register_forward_hook(count)
+    for budget, least in ((1, 5), (24, 2), (10_000, 1)):
+        passes = 0
+        model.zero_grad()
+        loss = reward_gradients(model, data, items, rows, replace(config, token_budget=budget), nullcontext())
+        assert loss == pytest.approx(expected.item(), abs=1e-6)
+        assert (passes == least) if budget != 24 else least <= passes < 5
+        for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+            if gradient is not None:
+                torch.testing.assert_close(parameter.grad, gradient, atol=1e-6, rtol=1e-4)
+
+
+def stop_at(step: int) -> Any:
+    def on_step(metrics: dict[str, float]) -> None:
+        if metrics["step"] == step:
+            signal.raise_signal(signal.SIGINT)
+
+    return on_step
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForSequenceClassification.from_pretrained(folder).state_dict()
+
+
+def test_resume_equals_uninterrupted(encoder: str, tmp_path: Path) -> None:
+    """Crops, order and moments are those of a training that nobody stopped; other settings begin anew."""
+    data = LabelledTexts(MIXED, [True, False] * 3, load_tokenizer(encoder))
+    config = RewardConfig(model=encoder, tokens=900, lr=1e-2, batch_size=4, lengths=(4, 8), threads=1, precision="fp32")
+    whole = train_reward_model(config, data, {"test": (data, 8)}, tmp_path / "whole", show=False)
+    with pytest.raises(KeyboardInterrupt, match=r"stopped after .* of 900 tokens; to continue, give the same command"):
+        train_reward_model(config, data, {}, tmp_path / "rm", show=False, on_step=stop_at(5))
+    assert not (tmp_path / "rm").exists()
+    steps: list[int] = []
+
+    def train(config: RewardConfig, **more: Any) -> dict[str, Any]:
+        return train_reward_model(
+            config, data, {"test": (data, 8)}, tmp_path / "rm", show=False, on_start=steps.append, **more
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        train(replace(config, token_budget=64), on_step=stop_at(8))
+    again = train(config)
+    assert steps == [5, 8] and again["steps"] == whole["steps"] > 10 and again["figures"] == whole["figures"]
+    for name, tensor in weights_of(tmp_path / "whole").items():
+        torch.testing.assert_close(weights_of(tmp_path / "rm")[name], tensor, atol=1e-5, rtol=1e-5)
+    assert not (tmp_path / "rm.training").exists()
+
+    with pytest.raises(KeyboardInterrupt):
+        train(config, on_step=stop_at(5))
+    train(replace(config, lr=2e-2))
+    assert steps == [5, 8, 0, 0]
+
+
+def test_resume_of_a_run_folder(encoder: str, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    """Stopped by Ctrl-C after step 4, or killed after it with the state of step 3: the lines of metrics.jsonl agree."""
+    from heeler.cli import main
+
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    task = replace(task_of(encoder, tmp_path / "whole", tokens=1500), data=str(tmp_path / "pairs.jsonl"))
+    train_reward(task, show=False)
+
+    def lines(run: str) -> list[dict[str, float]]:
+        rows = [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+    saved = reward_training._Training.save  # pyright: ignore[reportPrivateUsage]
+    log = RunFolder.log
+    for run, last_saved in (("stopped", 4), ("killed", 3)):
+
+        def save(training: Any, *given: Any, keep: int = last_saved) -> None:
+            if training.step <= keep:
+                saved(training, *given)
+
+        def stop(folder: RunFolder, metrics: Any) -> None:
+            log(folder, metrics)
+            if metrics["step"] == 4:
+                signal.raise_signal(signal.SIGINT)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(reward_training, "SAVE_EVERY", 0.0)
+            patched.setattr(reward_training._Training, "save", save)  # pyright: ignore[reportPrivateUsage]
+            patched.setattr(RunFolder, "log", stop)
+            with pytest.raises(KeyboardInterrupt, match=f"to continue, run: heeler resume {tmp_path / run}"):
+                train_reward(replace(task, out=str(tmp_path / run)), show=False)
+        assert len(lines(run)) == 4
+        assert main(["resume", str(tmp_path / run), "--updates", "9"]) == 2
+        assert "leave --updates out" in capsys.readouterr().err
+        assert main(["resume", str(tmp_path / run)]) == 0
+        assert "continuing the reward model after" in capsys.readouterr().out
+        assert lines(run) == lines("whole") and (tmp_path / run / "scores.png").exists()
+    assert main(["resume", str(tmp_path / "whole")]) == 2
+    assert "whole is complete" in capsys.readouterr().err.replace("\n", "")
+
+
+def test_a_full_disk_keeps_what_was_kept(encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = LabelledTexts(TEXTS, LABELS, load_tokenizer(encoder))
+    config = RewardConfig(model=encoder, tokens=600, lengths=(8,), batch_size=4, threads=1, precision="fp32")
+    with pytest.raises(KeyboardInterrupt):
+        train_reward_model(config, data, {}, tmp_path / "rm", show=False, on_step=stop_at(2))
+
+    def full(*_: Any) -> None:
+        (tmp_path / "rm.training" / "training.pt.new").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", full)
+        with pytest.raises(HeelerError, match=r"cannot keep the reward model's training in .*No space left.*free some"):
+            train_reward_model(config, data, {}, tmp_path / "rm", show=False, on_step=stop_at(4))
+    assert [file.name for file in (tmp_path / "rm.training").iterdir()] == ["training.pt"]
+    steps: list[int] = []
+    train_reward_model(config, data, {}, tmp_path / "rm", show=False, on_start=steps.append)
+    assert steps == [2]
 
 
 def test_labels_of_one_class_are_refused(encoder: str) -> None:
