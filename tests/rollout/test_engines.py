@@ -12,7 +12,7 @@ import torch
 
 from heeler.policies.attention import use_fast_attention
 from heeler.policies.language_model import LanguageModelPolicy, TopLayers, ValueHead
-from heeler.policies.loading import load_causal_lm
+from heeler.policies.loading import load_causal_lm, load_tokenizer
 from heeler.rollout.engines.batch import PART_TOKENS, similar_lengths
 from heeler.rollout.engines.draws import cut, draw_seed, sample
 from heeler.rollout.engines.hf import HFEngine
@@ -55,6 +55,41 @@ def test_native_equals_generate(architecture: str, tmp_path: Path) -> None:
     slow = HFEngine(model, eos_ids=eos).generate(requests(), sampling)
     same(native, slow)
     assert {c.finish_reason for c in native} == {"stop", "length"} or len({len(c.tokens) for c in native}) > 1
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gpt_neox"])
+def test_the_host_may_look_seldom(architecture: str, tmp_path: Path) -> None:
+    """Rows that end between two looks go on for nothing: tokens, ends, stop strings and kept states are the same."""
+    path = save_tiny_model(tmp_path, architecture)
+    many = [Request(prompt=PROMPTS[i % 5], seed=draw_seed(3, i)) for i in range(14)]
+
+    def completions(look_every: int) -> tuple[list[Completion], int]:
+        engine = NativeEngine(
+            model_that_stops(path), eos_ids=range(16), max_rows=4, trunk_layers=1, final_states=True,
+            tokenizer=load_tokenizer(path),
+        )  # fmt: skip
+        seen = 0
+
+        def count(tokens: int) -> None:
+            nonlocal seen
+            seen += tokens
+
+        assert engine.look_every == 1
+        engine.look_every, engine.on_progress = look_every, count
+        done = engine.generate(many, Sampling(max_new_tokens=11, stop=tuple("0123456789abcdefgh")))
+        assert seen == sum(len(c.tokens) for c in done)
+        return done, len({len(c.tokens) for c in done})
+
+    often, lengths = completions(1)
+    assert lengths > 4 and {c.finish_reason for c in often} == {"stop", "length"}
+    assert {c.stop_string for c in often} > {None}
+    for look_every in (3, 8, 100):
+        seldom, _ = completions(look_every)
+        same(seldom, often)
+        for x, y in zip(seldom, often, strict=True):
+            assert x.stop_string == y.stop_string
+            for name in ("trunk_states", "final_states"):
+                torch.testing.assert_close(getattr(x, name), getattr(y, name), atol=1e-4, rtol=1e-4)
 
 
 def test_a_request_samples_the_same_whatever_shares_its_batch(tiny_llama: str) -> None:

@@ -14,15 +14,16 @@ import torch
 
 from heeler.envs.vector import EnvConfig
 from heeler.policies.language_model import Full, LoRA, SeparateCritic
-from heeler.policies.loading import load_tokenizer
+from heeler.policies.loading import load_causal_lm, load_tokenizer
 from heeler.policies.networks import MLP, NatureCNN
 from heeler.ppo.advantages import AdvantageConfig
+from heeler.rollout.engines.native import NativeEngine
 from heeler.train.control import GymConfig, resume_gym, train_gym
 from heeler.train.dialogue import train_dialogue
 from heeler.train.reward import LabelledTexts, RewardConfig, train_reward_model
 from heeler.train.sft import SFTConfig, train_sft
 from heeler.train.text import resume_text, train_text
-from heeler.types import Sampling
+from heeler.types import Completion, Request, Sampling
 from tests.runs import numbers, small, small_dialogue
 from tests.tiny import save_tiny_model, save_tiny_seq2seq
 from tests.toy_dialogues import Vowels
@@ -160,6 +161,29 @@ def test_environments(id: str, changes: dict[str, Any], tmp_path: Path) -> None:
         return train_gym(config, show=False)
 
     agree(train, tmp_path, lambda folder: resume_gym(folder, updates=4, show=False))
+
+
+@pytest.mark.parametrize(("architecture", "each"), [("llama", 0), ("qwen3", 0), ("gpt_neox", 8)])
+def test_sampling_seldom_waits_for_the_device(architecture: str, each: int, tmp_path: Path) -> None:
+    """Once in eight steps, for tokens, log-probabilities and states; where transformers takes the steps it waits in
+    each of them too (it asks whether a mask can be left out)."""
+    path = save_tiny_model(tmp_path, architecture)
+    requests = [Request(prompt=[5 + i] * (1 + i % 3), seed=i) for i in range(6)]
+
+    def sampled(device: str, steps: int) -> list[Completion]:
+        engine = NativeEngine(load_causal_lm(path).to(device), eos_ids=[], trunk_layers=1, final_states=True)
+        return engine.generate(requests, Sampling(max_new_tokens=steps))
+
+    with pretend_gpu() as waits:
+        counts = list[int]()
+        for steps in (9, 17, 33):  # the first token comes with the prompts
+            waits.clear()
+            there = sampled("pretend:0", steps)
+            counts.append(waits.total())
+    assert [counts[1] - counts[0], counts[2] - counts[1]] == [4 + each, 2 * (4 + each)]
+    for here, other in zip(sampled("cpu", 33), there, strict=True):
+        assert here.tokens == other.tokens and other.logprobs.device.type == "cpu"
+        torch.testing.assert_close(here.final_states, other.final_states, atol=1e-4, rtol=1e-4)
 
 
 def test_it_refuses_what_cuda_refuses() -> None:

@@ -17,6 +17,8 @@ from heeler.types import Completion, Request, Sampling
 LEAVE_FRACTION = 0.125  # finished rows are dropped once they are this share of the batch: dropping copies the cache
 LEAVE_FRACTION_PACKED = 0.25  # and where the weights are packed for the number of rows: they are then packed anew
 
+LOOK_EVERY = 8  # steps between two looks at what was drawn, where a look makes the host wait for the device
+
 PART_TOKENS = 512  # products of fewer rows are slower
 
 
@@ -44,7 +46,9 @@ class BatchEngine(WeightReceiver):
         pack_weights: lay the weights out for the number of rows while it stays the same, where that is faster.
 
     Attributes:
-        on_progress: called with the number of tokens of every step, or None.
+        look_every: the most steps that are drawn before the host looks at them: 1 on a CPU, where a look costs nothing.
+            It changes speed only: what is drawn for a request after its end is not kept.
+        on_progress: called with the number of tokens of every step when it is looked at, or None.
     """
 
     def __init__(
@@ -63,8 +67,9 @@ class BatchEngine(WeightReceiver):
         self.packing = Packing()
         self.tokenizer, self.max_rows, self.share_prompts = tokenizer, max_rows, share_prompts
         self.device = next(model.parameters()).device
-        self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long, device=self.device)
+        self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long)
         self.token_bias = None if token_bias is None else token_bias.to(self.device)
+        self.look_every = 1 if self.device.type == "cpu" else LOOK_EVERY
         self.on_progress: Callable[[int], Any] | None = None
 
     def prompts_of(self, requests: Sequence[Request]) -> tuple[list[tuple[int, ...]], Tensor]:
@@ -99,6 +104,8 @@ def similar_lengths(prompts: Sequence[Sequence[int]]) -> list[slice]:
 class Draws:
     """The tokens of requests as they are drawn, and which requests have ended.
 
+    Tokens are drawn on the model's device. The host learns of them when it looks, once in `engine.look_every` steps.
+
     Args:
         requests: in the order of the rows.
         sampling: how they are drawn, the length cap and the stop strings.
@@ -108,6 +115,7 @@ class Draws:
         counts: `[R]` tokens that each request has.
         stopped: `[R]` it ended by an end of sequence or a stop string.
         finished: `[R]` it ended, the length cap included.
+        unseen: `(tokens [b], log-probabilities [b], states)` of the steps since the last look, on the device.
     """
 
     def __init__(self, requests: Sequence[Request], sampling: Sampling, engine: BatchEngine) -> None:
@@ -115,35 +123,63 @@ class Draws:
         self.sampling, self.engine = sampling, engine
         self.stops = StopStrings(engine.tokenizer, sampling.stop)
         self.stop_strings: list[str | None] = [None] * count
-        self.uniforms = uniforms([r.seed for r in requests], self.cap)
+        self.uniforms = uniforms([r.seed for r in requests], self.cap).to(engine.device)
         self.tokens = torch.zeros(count, self.cap, dtype=torch.long)
         self.logprobs = torch.zeros(count, self.cap)
         self.counts = torch.zeros(count, dtype=torch.long)
         self.stopped = torch.zeros(count, dtype=torch.bool)
         self.finished = torch.zeros(count, dtype=torch.bool)
+        self.unseen: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
+        self._of_rows, self._at, self._steps = self.tokens, self.counts, 0  # of the steps until the next look
 
-    def draw(self, rows: Tensor, logits: Tensor) -> Tensor:
+    def draw(self, rows: Tensor, logits: Tensor, states: dict[str, Tensor] | None = None) -> Tensor:
         """The next token of the requests `rows [b]` from `logits [b, V]`: `[b]` on the model's device.
 
-        What is drawn for a request that has ended is not kept.
+        `rows` are the same until the next look; `states` are kept beside the tokens for it.
         """
-        live = ~self.finished[rows]
-        at = self.counts[rows].clamp(max=self.cap - 1)
-        drawn, logprobs = sample(logits, self.uniforms[rows, at], self.sampling, self.engine.token_bias)
-        going, at = rows[live], at[live]
-        self.tokens[going, at], self.logprobs[going, at] = drawn.cpu()[live], logprobs.cpu()[live]
-        self.counts[going] += 1
-        if self.engine.on_progress is not None:
-            self.engine.on_progress(len(going))
-        ended = torch.isin(drawn, self.engine.eos_ids).cpu()[live]
-        if self.stops.stop:
-            for i, row in enumerate(going.tolist()):
-                if not ended[i]:
-                    self.stop_strings[row] = self.stops.hit(self.tokens[row, : int(at[i]) + 1].tolist())
-                    ended[i] = self.stop_strings[row] is not None
-        self.stopped[going[ended]] = True
-        self.finished = self.stopped | (self.counts == self.cap)
+        if not self.unseen:
+            device = self.engine.device
+            self._of_rows, self._at = rows.to(device), self.counts[rows].to(device)
+            self._steps = min(self.engine.look_every, self.steps_left(rows))
+        at = (self._at + len(self.unseen)).clamp_(max=self.cap - 1)
+        drawn, logprobs = sample(logits, self.uniforms[self._of_rows, at], self.sampling, self.engine.token_bias)
+        self.unseen.append((drawn, logprobs, states or {}))
         return drawn
+
+    @property
+    def time_to_look(self) -> bool:
+        """Whether the host should look before the next step."""
+        return len(self.unseen) >= self._steps
+
+    def look(self, rows: Tensor) -> list[tuple[Tensor, dict[str, Tensor]]]:
+        """Fetch what was drawn for `rows [b]` and keep what belongs to requests that had not ended.
+
+        Returns for each step `[b]` which rows were still going, and its states on the host.
+        """
+        drawn = torch.stack([tokens for tokens, _, _ in self.unseen]).cpu()
+        logprobs = torch.stack([logp for _, logp, _ in self.unseen]).cpu()
+        names = self.unseen[0][2].keys()
+        states = {name: torch.stack([kept[name] for _, _, kept in self.unseen]).cpu() for name in names}
+        ends = torch.isin(drawn, self.engine.eos_ids)
+        self.unseen = []
+        seen: list[tuple[Tensor, dict[str, Tensor]]] = []
+        for step in range(len(drawn)):
+            live = ~self.finished[rows]
+            seen.append((live, {name: of[step] for name, of in states.items()}))
+            going, ended = rows[live], ends[step][live]
+            at = self.counts[going]
+            self.tokens[going, at], self.logprobs[going, at] = drawn[step][live], logprobs[step][live]
+            self.counts[going] += 1
+            if self.stops.stop:
+                for i, row in enumerate(going.tolist()):
+                    if not ended[i]:
+                        self.stop_strings[row] = self.stops.hit(self.tokens[row, : int(at[i]) + 1].tolist())
+                        ended[i] = self.stop_strings[row] is not None
+            self.stopped[going[ended]] = True
+            self.finished = self.stopped | (self.counts == self.cap)
+            if self.engine.on_progress is not None:
+                self.engine.on_progress(len(going))
+        return seen
 
     def steps_left(self, rows: Tensor) -> int:
         """Steps until the last of `rows` reaches the length cap."""

@@ -160,7 +160,10 @@ class NativeEngine(BatchEngine):
                 pool = self._read(chosen, requests, draws, kept)
             else:
                 self.packing.fit(len(pool.rows), draws.steps_left(pool.rows))
-                self._step(pool, draws, kept)
+                self._step(pool, draws)
+                if not draws.time_to_look:
+                    continue
+                self._look(pool, draws, kept)
             stay = (~draws.finished[pool.rows]).nonzero()[:, 0]
             if len(stay) == 0:
                 pool = None
@@ -203,7 +206,8 @@ class NativeEngine(BatchEngine):
         pool = Pool(rows=rows, ids=ids.to(self.device), positions=positions, mask=mask, padded=bool(first.any()),
                     cache=cache, end=width)  # fmt: skip
         logits = self._forward(pool)
-        for name, states in self._states():
+        for name, states in self._captured.items():
+            states = states.cpu()
             for row, owner in zip(chosen, owners.tolist(), strict=True):
                 begin = 0 if name == "final" else int(first[owner])
                 getattr(kept[row], name).append(states[owner, begin:])
@@ -211,17 +215,23 @@ class NativeEngine(BatchEngine):
             logits, pool.positions, pool.mask = logits[of], positions[of], mask[of]
             cache.batch_select_indices(of)
         self._next(pool, draws.draw(rows, logits))
+        draws.look(rows)
         return pool
 
-    def _step(self, pool: Pool, draws: Draws, kept: list[Kept]) -> None:
+    def _step(self, pool: Pool, draws: Draws) -> None:
         """Read the last token of every row and draw the next."""
         pool.end += 1
         logits = self._forward(pool)
-        for name, states in self._states():
-            for i, row in enumerate(pool.rows.tolist()):
-                if not draws.finished[row]:
-                    getattr(kept[row], name).append(states[i])
-        self._next(pool, draws.draw(pool.rows, logits))
+        self._next(pool, draws.draw(pool.rows, logits, dict(self._captured)))
+
+    @staticmethod
+    def _look(pool: Pool, draws: Draws, kept: list[Kept]) -> None:
+        """Fetch what was drawn, and the states of the rows that were still going."""
+        rows = pool.rows.tolist()
+        for live, states in draws.look(pool.rows):
+            for name, of in states.items():
+                for i in live.nonzero()[:, 0].tolist():
+                    getattr(kept[rows[i]], name).append(of[i])
 
     def _forward(self, pool: Pool) -> Tensor:
         """Logits `[b, V]` after the last token."""
@@ -250,10 +260,6 @@ class NativeEngine(BatchEngine):
         hooks = [h for m in modules for kind in ("_forward_hooks", "_forward_pre_hooks") for h in m[kind].values()]
         own = [isinstance(h, partial) and getattr(h.func, "__func__", None) is NativeEngine._capture for h in hooks]
         return not all(own) or any("forward" in m for m in modules) or bool(_has_any_global_hook())
-
-    def _states(self) -> list[tuple[str, Tensor]]:
-        """The states `[b, n, H]` that are kept of the last forward pass, on the host."""
-        return [(name, states.cpu()) for name, states in self._captured.items()]
 
     @staticmethod
     def _next(pool: Pool, drawn: Tensor) -> None:

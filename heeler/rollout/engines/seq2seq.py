@@ -74,6 +74,9 @@ class Seq2SeqEngine(BatchEngine):
                 use_cache=True,
             )
             ids = draws.draw(rows, output.logits[:, -1])[:, None]
+            if not draws.time_to_look:
+                continue
+            draws.look(rows)
             stay = (~draws.finished[rows]).nonzero()[:, 0]
             if len(stay) == 0:
                 return
