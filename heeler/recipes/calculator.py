@@ -38,7 +38,7 @@ class Calculator:
         examples: sums that fine-tuning shows.
         updates: PPO updates.
         eval_prompts: held-out sums.
-        threads: CPU threads; None takes all.
+        threads: CPU threads; None takes one for each core that the process may use.
     """
 
     out: str | None = None

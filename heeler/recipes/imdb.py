@@ -153,7 +153,7 @@ class IMDB:
         seed: of every draw.
         updates: PPO updates; None chooses for about ten minutes by the rate of a product measured at start: 36, or
             24 and 14 with larger learning rates.
-        threads: CPU threads; None takes all.
+        threads: CPU threads; None takes one for each core that the process may use.
         full_reward: use the reward model of `heeler reward imdb --full`.
         eval_every: evaluate each N updates; 0 evaluates before and after only.
         words: words of a review in a prompt.

@@ -56,7 +56,7 @@ class RLHF:
         updates: PPO updates.
         words: words of a review in a prompt.
         eval_prompts: held-out prompts.
-        threads: CPU threads; None takes all.
+        threads: CPU threads; None takes one for each core that the process may use.
     """
 
     out: str | None = None

@@ -95,7 +95,7 @@ class Arithmetic:
         examples: worked examples of the fine-tuning; None takes the task's own number.
         updates: PPO updates; None takes the task's own number.
         eval_prompts: questions of unseen seeds.
-        threads: CPU threads; None takes all.
+        threads: CPU threads; None takes one for each core that the process may use.
     """
 
     task: Literal["chain_sum", "gsm_symbolic", "syllogism", "knights_knaves"] = "chain_sum"
@@ -117,7 +117,7 @@ class QA:
         seed: of every draw.
         epochs: of the fine-tuning.
         updates: PPO updates.
-        threads: CPU threads; None takes all.
+        threads: CPU threads; None takes one for each core that the process may use.
     """
 
     questions: Literal["countries", "trivia"] = "countries"

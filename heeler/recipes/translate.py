@@ -43,7 +43,7 @@ class Translate:
     Attributes:
         out: the folder of all stages; runs/translate where None.
         seed: of the first weights and every draw.
-        threads: CPU threads; None takes all.
+        threads: CPU threads; None takes one for each core that the process may use.
         max_words: longer sources are left out.
         vocab_size: of the tokenizer.
         width: of the model's states (d_model); heads have 32 each.

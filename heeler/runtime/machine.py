@@ -7,6 +7,7 @@ import os
 import random
 import sys
 import time
+from pathlib import Path
 from typing import Any, Literal
 
 from heeler.types import HeelerError
@@ -88,15 +89,70 @@ def fused_adam(device: str) -> bool | None:
     return True if device.partition(":")[0] in ("cpu", "cuda") else None
 
 
+def usable_cores(root: Path = Path("/")) -> tuple[int, str]:
+    """Cores that this process has for itself, and why they are fewer than the processors that the system shows ("").
+
+    Matrix products gain nothing from a second thread on a core, and threads beyond a container's share of the time stop
+    each other, so both are left out. `root` is where /proc and /sys are.
+    """
+    count = os.cpu_count() or 1
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(count))
+    siblings = (root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list" for cpu in allowed)
+    cores = len({_first_line(file) or str(file) for file in siblings})
+    shares = [(cores, f"{cores} cores have {len(allowed)} hardware threads" if cores < len(allowed) else "")]
+    quota = _quota(root)
+    if quota is not None:
+        shares.append((max(int(quota), 1), f"the control group may use {quota:g} of {len(allowed)} processors"))
+    return min(shares, key=lambda share: share[0])
+
+
+def _quota(root: Path) -> float | None:
+    """Processors' worth of time that the control groups (version 1 or 2) of this process leave it; None: no limit."""
+    groups = root / "sys/fs/cgroup"
+    quotas: list[float] = []
+    for line in (_read(root / "proc/self/cgroup") or "0::/").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers and "cpu" not in controllers.split(","):
+            continue
+        base = groups / controllers
+        for group in (base / path.lstrip("/"), *(base / path.lstrip("/")).parents):
+            if not group.is_relative_to(base):
+                break
+            if controllers:
+                limit, period = (_first_line(group / f"cpu.cfs_{name}_us") for name in ("quota", "period"))
+            else:
+                limit, _, period = _first_line(group / "cpu.max").partition(" ")
+            if limit not in ("", "max", "-1") and period:
+                quotas.append(int(limit) / int(period))
+    return min(quotas, default=None)
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError:
+        return ""
+
+
+def _first_line(file: Path) -> str:
+    return _read(file).partition("\n")[0].strip()
+
+
 def set_threads(threads: int | None) -> int:
     """Set torch's threads; None takes all cores that this process may use."""
     import torch
 
-    count = (
-        threads or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else threads or os.cpu_count() or 1
-    )
+    count = threads or usable_cores()[0]
     torch.set_num_threads(count)
     return count
+
+
+def say_threads() -> str:
+    """torch's threads in words, and why they are not as many as the system shows processors."""
+    import torch
+
+    count, (cores, why) = torch.get_num_threads(), usable_cores()
+    return f"{count} thread{'s' if count > 1 else ''}" + (f" ({why})" if why and count == cores else "")
 
 
 def peak_memory_gib() -> float:

@@ -80,7 +80,7 @@ class GymConfig:
         eval_every: evaluate each N updates and keep the best policy; 0 evaluates before and after only.
         eval_deterministic: evaluate the most likely actions instead of draws.
         device: "auto" takes a GPU where there is one and the environment shows images.
-        threads: CPU threads of torch; None takes one for vectors, all for images.
+        threads: CPU threads of torch; None takes one for vectors, one for each core for images.
         checkpoint_every: updates between checkpoints.
     """
 
@@ -363,7 +363,7 @@ def build_gym_run(config: GymConfig) -> GymRun:
     notes = [
         f"{config.env.id}: {config.env.num_envs} environments ({type(config.env.backend).__name__}), observations"
         f" {_describe_observations(env)}, actions {env.actions.kind} {env.actions.sizes}",
-        f"{device}, {torch.get_num_threads()} thread(s), {sum(p.numel() for p in parameters):,} weights;"
+        f"{device}, {machine.say_threads()}, {sum(p.numel() for p in parameters):,} weights;"
         f" {config.updates} updates of {config.env.num_envs} x {config.num_steps} steps",
     ]
     return GymRun(

@@ -64,7 +64,7 @@ class RewardConfig:
             passes gain no speed, and 8,192 elsewhere. It changes memory and speed, not the gradient.
         seed: of the order and the crops.
         device: "auto" takes a GPU where there is one.
-        threads: CPU threads; None takes all.
+        threads: CPU threads; None takes one for each core that the process may use.
         precision: "auto" measures; bf16 keeps the weights in fp32 and computes under autocast.
     """
 

@@ -79,7 +79,7 @@ class SFTConfig:
             memory, a forward pass more.
         precision: "auto" measures; fp32 or bf16.
         device: "auto" takes a GPU where there is one.
-        threads: CPU threads; None takes all.
+        threads: CPU threads; None takes one for each core that the process may use.
     """
 
     model: str
@@ -255,7 +255,7 @@ def build_sft_run(
     )  # fmt: skip
     targets = sum(sum(e.is_target) for e in train)
     notes = [
-        f"{device}, {torch.get_num_threads()} threads, {why}",
+        f"{device}, {machine.say_threads()}, {why}",
         f"{len(train):,} examples with {targets:,} target tokens, {len(held_out):,} held out",
         *policy.notes,
     ]

@@ -95,7 +95,7 @@ class TextConfig:
             memory, a forward pass more in the update.
         precision: "auto" measures; fp32 or bf16.
         device: "auto" takes a GPU where there is one.
-        threads: CPU threads; None takes all.
+        threads: CPU threads; None takes one for each core that the process may use.
         eval_every: evaluate each N updates and keep the best policy; 0 evaluates before and after only.
         checkpoint_every: updates between checkpoints.
         samples_logged: samples of each update written to samples.jsonl.
@@ -417,7 +417,7 @@ def build_text_run(
     )
     trained = sum(p.numel() for p in groups[0]["params"])
     notes = [
-        f"{device}, {torch.get_num_threads()} threads, {why}",
+        f"{device}, {machine.say_threads()}, {why}",
         f"training {trained / 1e6:.1f}M of {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M weights"
         f" ({_describe(config.trainable)}), ends of sequence {eos_ids or 'none'}",
         *policy.notes,

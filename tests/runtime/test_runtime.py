@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -46,3 +47,43 @@ def test_precision_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_one_process_reduces_nothing() -> None:
     x = torch.ones(2)
     assert torch.equal(LocalReduce().sum(x), x) and LocalReduce().world_size == 1
+
+
+@pytest.mark.parametrize(
+    ("files", "cores", "why"),
+    [
+        ({}, 8, ""),
+        ({f"sys/devices/system/cpu/cpu{i}/topology/thread_siblings_list": f"{i % 4},{i % 4 + 4}" for i in range(8)}, 4,
+         "4 cores have 8 hardware threads"),
+        ({"proc/self/cgroup": "0::/a/b", "sys/fs/cgroup/a/b/cpu.max": "max 100000"}, 8, ""),
+        ({"proc/self/cgroup": "0::/a/b", "sys/fs/cgroup/a/cpu.max": "250000 100000"}, 2, "may use 2.5 of 8 processors"),
+        ({"sys/fs/cgroup/cpu.max": "50000 100000"}, 1, "may use 0.5 of 8 processors"),
+        ({"sys/fs/cgroup/cpu.max": "1600000 100000"}, 8, ""),
+        ({"proc/self/cgroup": "3:memory:/m\n1:cpu,cpuacct:/docker/x\n0::/",
+          "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "300000",
+          "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000"}, 3, "may use 3 of 8 processors"),
+        ({"proc/self/cgroup": "1:cpu:/", "sys/fs/cgroup/cpu/cpu.cfs_quota_us": "-1",
+          "sys/fs/cgroup/cpu/cpu.cfs_period_us": "100000"}, 8, ""),
+    ],
+)  # fmt: skip
+def test_cores_of_a_process(
+    files: dict[str, str], cores: int, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hardware threads of one core count once, and a container's share of the time is a limit (cgroup 1 and 2)."""
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content + "\n")
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    found, reason = machine.usable_cores(tmp_path)
+    assert found == cores and (why in reason if why else reason == "")
+
+
+def test_threads_are_the_cores_unless_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr(machine, "usable_cores", lambda: (2, "2 cores have 4 hardware threads"))
+    try:
+        assert machine.set_threads(None) == torch.get_num_threads() == 2
+        assert machine.say_threads() == "2 threads (2 cores have 4 hardware threads)"
+        assert machine.set_threads(1) == 1 and machine.say_threads() == "1 thread"
+    finally:
+        torch.set_num_threads(before)
