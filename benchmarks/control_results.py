@@ -3,7 +3,8 @@
     python benchmarks/control_results.py [--recipes cartpole acrobot ...] [--seeds 5] [--parallel 2] [--collect-only]
 
 Each run is one `heeler ppo RECIPE --seed S --threads 1`, as many side by side as there are cores. Runs that are
-complete are not repeated, so the command can be continued. Curves of complete runs are kept in docs/data/control.json
+complete are not repeated, so the command can be continued; a run of other settings than the recipe's is refused, unless
+`--extra` says what they are. Curves of complete runs are kept in docs/data/control.json
 (100 points each), so that the page can be made again without the runs.
 """
 
@@ -15,6 +16,7 @@ import subprocess
 import sys
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -27,6 +29,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from pages import hardware, replace_section  # noqa: E402
 
 from heeler.recipes.control import RECIPES  # noqa: E402
+from heeler.runtime.configs import from_json  # noqa: E402
+from heeler.train.control import GymConfig  # noqa: E402
 
 DATA = ROOT / "docs" / "data" / "control.json"
 # recipe: title, what is asked of it, where that comes from
@@ -80,6 +84,21 @@ def read(recipe: str, folder: Path) -> dict[str, Any]:
         "episodes": summary["eval/after"]["episodes"],
         "curve": [[s, round(v, 3)] for s, v in points],
     }
+
+
+def apart(recipe: str, folder: Path) -> list[str]:
+    """The settings of a run that are not those of its recipe as it is now."""
+    run = from_json(GymConfig, json.loads((folder / "config.json").read_text())["config"])
+    now = RECIPES[recipe]()
+    if 0 <= run.steps - now.steps < run.num_steps * run.env.num_envs:  # whole rollouts
+        now = replace(now, steps=run.steps)
+    of_the_run = ("out", "seed", "threads", "eval_episodes", "updates")
+    names = [field.name for field in fields(now) if field.name not in of_the_run]
+    return [
+        f"{name} {getattr(run, name)} is now {getattr(now, name)}"
+        for name in names
+        if getattr(run, name) != getattr(now, name)
+    ]
 
 
 def interquartile_mean(values: list[float]) -> float:
@@ -173,6 +192,8 @@ def main() -> None:
     for folder in sorted(arguments.runs.glob("*-*")):
         recipe = folder.name.rpartition("-")[0]
         if recipe in GOALS and (folder / "policy").exists() and "eval/after" in (folder / "summary.json").read_text():
+            if (other := apart(recipe, folder)) and not arguments.extra:
+                sys.exit(f"{folder} is no run of the recipe as it is now ({'; '.join(other)}): move it away")
             run = read(recipe, folder)
             known[recipe, run["seed"]] = {**run, "hardware": hardware()}
     runs = [known[key] for key in sorted(known)]
