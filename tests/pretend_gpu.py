@@ -29,7 +29,8 @@ class _Backend(backend_registration._DummyBackendModule):  # pyright: ignore[rep
 backend_registration._setup_privateuseone_for_python_backend("pretend", backend_module=_Backend())
 GPU = torch.device("pretend", 0)
 aten = torch.ops.aten
-COPIES = {aten._to_copy.default, aten.copy_.default, aten._local_scalar_dense.default}
+CROSSING = {aten._to_copy.default, aten.copy_.default}
+COPIES = {*CROSSING, aten._local_scalar_dense.default}
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._unsafe_index.Tensor}
 WAITS = {
     aten._local_scalar_dense.default: "item",
@@ -104,7 +105,11 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     to_gpu = target.type == GPU.type if target is not None else on_gpu
     if func is aten.copy_.default:
         to_gpu = isinstance(args[0], OnGPU)
-    if on_gpu and (wait := _wait(func, args, kwargs, to_gpu)):
+    if func in CROSSING and to_gpu != isinstance(args[func is aten.copy_.default], OnGPU):
+        blocking = not (kwargs.get("non_blocking") or (func is aten.copy_.default and args[2:] == (True,)))
+        if blocking or not to_gpu:
+            waits["copy to the device" if to_gpu else "copy to the host"] += 1
+    elif on_gpu and (wait := _wait(func, args, kwargs)):
         waits[wait] += 1
     if target is not None and target.type == GPU.type:
         kwargs = {**kwargs, "device": torch.device("cpu")}
@@ -124,10 +129,8 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     return tree_map(wrap, out)
 
 
-def _wait(func: Any, args: Any, kwargs: dict[str, Any], to_gpu: bool) -> str | None:
-    """What this operation would make the host wait for."""
-    if func in (aten._to_copy.default, aten.copy_.default):
-        return None if to_gpu else "copy to the host"
+def _wait(func: Any, args: Any, kwargs: dict[str, Any]) -> str | None:
+    """Why this operation on the device would make the host wait."""
     if func in INDEXING:
         masks = (t for t in tree_leaves(args[1]) if isinstance(t, torch.Tensor) and t.dtype == torch.bool)
         return "index by a mask" if any(True for _ in masks) else None

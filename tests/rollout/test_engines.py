@@ -12,7 +12,7 @@ import torch
 
 from heeler.policies.attention import use_fast_attention
 from heeler.policies.language_model import LanguageModelPolicy, TopLayers, ValueHead
-from heeler.policies.loading import load_causal_lm, load_tokenizer
+from heeler.policies.loading import context_length, load_causal_lm, load_tokenizer
 from heeler.rollout.engines.batch import PART_TOKENS, similar_lengths
 from heeler.rollout.engines.draws import cut, draw_seed, sample
 from heeler.rollout.engines.hf import HFEngine
@@ -90,6 +90,24 @@ def test_the_host_may_look_seldom(architecture: str, tmp_path: Path) -> None:
             assert x.stop_string == y.stop_string
             for name in ("trunk_states", "final_states"):
                 torch.testing.assert_close(getattr(x, name), getattr(y, name), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "llama"])
+def test_rows_that_ended_stay_within_the_context(architecture: str, tmp_path: Path) -> None:
+    """A row that waits for its pool after its end has no position left in a table of learned ones."""
+    path = save_tiny_model(tmp_path, architecture)
+    model = model_that_stops(path)
+    cap = 10
+    context = context_length(model)
+    assert context is not None
+    prompts = [[5 + i % 90] * (context - cap) for i in range(12)]
+    many = [Request(prompt=prompt, seed=draw_seed(3, i)) for i, prompt in enumerate(prompts)]
+    alone = [NativeEngine(model, eos_ids=range(40)).generate([r], Sampling(max_new_tokens=cap))[0] for r in many]
+    assert len({len(c.tokens) for c in alone}) > 3
+    for look_every in (1, 8):
+        engine = NativeEngine(model, eos_ids=range(40), max_rows=4)
+        engine.look_every = look_every
+        same(engine.generate(many, Sampling(max_new_tokens=cap)), alone)
 
 
 def test_a_request_samples_the_same_whatever_shares_its_batch(tiny_llama: str) -> None:

@@ -194,7 +194,7 @@ def test_it_refuses_what_cuda_refuses() -> None:
             _ = there + torch.ones(3)
         assert (there[torch.tensor([1])] @ there.T).tolist() == [[3.0, 3.0]]
         there[0].add_(1)
-        assert float(there.sum()) == 9.0 and waits == {"copy to the host": 1, "item": 1}
+        assert float(there.sum()) == 9.0 and waits == {"copy to the device": 1, "copy to the host": 1, "item": 1}
         layer = torch.nn.Linear(3, 1).to("pretend:0")
         layer(there).sum().backward()
         assert layer.weight.grad is not None and layer.weight.grad.device == there.device

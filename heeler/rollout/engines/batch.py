@@ -139,7 +139,8 @@ class Draws:
         """
         if not self.unseen:
             device = self.engine.device
-            self._of_rows, self._at = rows.to(device), self.counts[rows].to(device)
+            self._of_rows = rows.to(device, non_blocking=True)
+            self._at = self.counts[rows].to(device, non_blocking=True)
             self._steps = min(self.engine.look_every, self.steps_left(rows))
         at = (self._at + len(self.unseen)).clamp_(max=self.cap - 1)
         drawn, logprobs = sample(logits, self.uniforms[self._of_rows, at], self.sampling, self.engine.token_bias)

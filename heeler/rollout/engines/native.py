@@ -49,6 +49,7 @@ class Pool:
     Attributes:
         rows: `[b]` the request of each row (on the host).
         ids, positions: `[b, 1]` the last token of each, not read yet, and its position.
+        last: `[b, 1]` the position at which each reaches the length cap; a row that goes on after its end stays there.
         mask: `[b, capacity]` 0 at the columns before a row's first token.
         padded: whether any row has such columns.
         cache: keys and values of `end` columns.
@@ -58,6 +59,7 @@ class Pool:
     rows: Tensor
     ids: Tensor
     positions: Tensor
+    last: Tensor
     mask: Tensor
     padded: bool
     cache: Any
@@ -67,7 +69,8 @@ class Pool:
         """Keep the rows `stay`."""
         self.rows = self.rows[stay]
         stay = stay.to(self.ids.device)
-        self.ids, self.positions, self.mask = self.ids[stay], self.positions[stay], self.mask[stay]
+        self.ids, self.positions, self.last = self.ids[stay], self.positions[stay], self.last[stay]
+        self.mask = self.mask[stay]
         self.cache.batch_select_indices(stay)
 
     def join(self, stay: Tensor, other: Pool, steps: int) -> Pool:
@@ -83,6 +86,7 @@ class Pool:
             rows=rows,
             ids=torch.cat([self.ids[stay], other.ids]),
             positions=positions,
+            last=torch.cat([self.last[stay], other.last]),
             mask=(columns >= width - positions).long(),
             padded=bool((positions != width).any()),
             cache=join_caches(self.cache, stay, other.cache, width, width + steps),
@@ -203,8 +207,9 @@ class NativeEngine(BatchEngine):
         cache = make_cache(self.model.config, width + draws.cap if self.buffered else None)
         rows = torch.tensor(chosen)
         of = owners.to(self.device)
-        pool = Pool(rows=rows, ids=ids.to(self.device), positions=positions, mask=mask, padded=bool(first.any()),
-                    cache=cache, end=width)  # fmt: skip
+        last = (lengths + draws.cap - 1)[:, None].to(self.device)
+        pool = Pool(rows=rows, ids=ids.to(self.device), positions=positions, last=last, mask=mask,
+                    padded=bool(first.any()), cache=cache, end=width)  # fmt: skip
         logits = self._forward(pool)
         for name, states in self._captured.items():
             states = states.cpu()
@@ -212,7 +217,7 @@ class NativeEngine(BatchEngine):
                 begin = 0 if name == "final" else int(first[owner])
                 getattr(kept[row], name).append(states[owner, begin:])
         if len(prompts) < len(chosen):  # from here on every request has a row
-            logits, pool.positions, pool.mask = logits[of], positions[of], mask[of]
+            logits, pool.positions, pool.last, pool.mask = logits[of], positions[of], last[of], mask[of]
             cache.batch_select_indices(of)
         self._next(pool, draws.draw(rows, logits))
         draws.look(rows)
@@ -263,7 +268,7 @@ class NativeEngine(BatchEngine):
 
     @staticmethod
     def _next(pool: Pool, drawn: Tensor) -> None:
-        pool.ids, pool.positions = drawn[:, None], pool.positions[:, -1:] + 1
+        pool.ids, pool.positions = drawn[:, None], torch.minimum(pool.positions[:, -1:] + 1, pool.last)
 
 
 def native_engine(model: Any, **options: Any) -> NativeEngine | Seq2SeqEngine:
