@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from heeler.train.control import GymConfig, load_gym_run, load_policy, resume_gym, train_gym
     from heeler.train.dialogue import DialogueConfig, load_dialogue_run, resume_dialogue, train_dialogue
     from heeler.train.reward import RewardConfig
-    from heeler.train.reward_run import RewardTask, train_reward
+    from heeler.train.reward_run import RewardTask, resume_reward, train_reward
     from heeler.train.sft import SFTConfig, resume_sft, train_sft
     from heeler.train.text import TextConfig, load_text_run, resume_text, train_text
     from heeler.types import CheckFailed, HeelerError, Sampling
@@ -55,6 +55,7 @@ _HOMES = {
     "load_text_run": "heeler.train.text",
     "resume_dialogue": "heeler.train.dialogue",
     "resume_gym": "heeler.train.control",
+    "resume_reward": "heeler.train.reward_run",
     "resume_sft": "heeler.train.sft",
     "resume_text": "heeler.train.text",
     "train_dialogue": "heeler.train.dialogue",

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -28,7 +29,7 @@ from heeler.runtime import machine
 from heeler.runtime.configs import to_json
 from heeler.runtime.progress import say
 from heeler.runtime.runs import read_json
-from heeler.train.reward import LabelledTexts, RewardConfig, train_reward_model
+from heeler.train.reward import LabelledTexts, RewardConfig, kept_training, train_reward_model
 from heeler.train.text import TextConfig, TextRun, train_text
 from heeler.types import Sampling
 
@@ -110,6 +111,7 @@ def reward_config(full: bool = False) -> RewardConfig:
 
 def _reward_folder(config: RewardConfig, full: bool) -> Path:
     described = {**to_json(config), "model": "all-MiniLM-L6-v2"}  # where the package lies does not matter
+    del described["device"], described["token_budget"]
     key = hashlib.blake2b(json.dumps(described, sort_keys=True).encode(), digest_size=4).hexdigest()
     return cache_folder() / f"imdb-reward-{'full' if full else 'quick'}-{key}"
 
@@ -124,8 +126,12 @@ def imdb_reward_model(
     config = replace(reward_config(full), seed=seed)
     folder = _reward_folder(config, full)
     if not full and not retrain:
-        there = (_reward_folder(replace(config, tokens=known.reward_tokens), full) for known in EFFORTS)
-        folder = next((known for known in there if (known / "heeler.json").exists()), folder)
+        others = [replace(config, tokens=known.reward_tokens) for known in EFFORTS]
+        for other in sorted(others, key=lambda other: not (_reward_folder(other, full) / "heeler.json").exists()):
+            known = _reward_folder(other, full)
+            if (known / "heeler.json").exists() or kept_training(known).exists():  # complete, or interrupted
+                config, folder = other, known
+                break
     if retrain or not (folder / "heeler.json").exists():
         tokenizer = load_tokenizer(config.model)
         part = reviews("reward")
@@ -138,6 +144,7 @@ def imdb_reward_model(
         if full:
             tests["reviews_256"] = (test, 256)
         train_reward_model(config, train, tests, folder, show=show)
+        shutil.rmtree(kept_training(folder), ignore_errors=True)
     report = read_json(folder / "heeler.json")
     figures = ", ".join(f"{v['accuracy']:.1%} {k.replace('_', ' of ')} tokens" for k, v in report["figures"].items())
     say(f"reward model, held-out accuracy: {figures}; trained in {report['seconds']:.0f} s, kept in {folder}", show)

@@ -72,7 +72,7 @@ def _state(folder: Path) -> str:
         return "interrupted"
     if (folder / "config.json").exists() and read_json(folder / "config.json").get("verb") == "reward":
         return "interrupted"  # it begins again where nothing was kept
-    if folder.exists():
+    if folder.exists() and any(folder.iterdir()):
         raise HeelerError(f"{folder} exists and is no run that could go on: move it away, or choose another --out")
     return "new"
 

@@ -12,6 +12,7 @@ completions of the training set have mean 0 and standard deviation 1 [Stiennon e
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
 import shutil
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -110,6 +112,13 @@ class _Tokenized:
     def num_tokens(self) -> int:
         return sum(len(ids) + len(self.before) + len(self.after) for ids in self.ids)
 
+    def digest(self, also: Tensor) -> str:
+        """Of the tokens, and of what is known about each text."""
+        hashed = hashlib.blake2b(repr((self.before, self.after, also.tolist())).encode(), digest_size=16)
+        for ids in self.ids:
+            hashed.update(repr(ids).encode())
+        return hashed.hexdigest()
+
 
 class LabelledTexts:
     """Texts with yes-or-no labels; crops are cut from the tokens.
@@ -128,6 +137,10 @@ class LabelledTexts:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def digest(self) -> str:
+        """Of texts and labels."""
+        return self.texts.digest(self.labels)
 
     @property
     def num_tokens(self) -> int:
@@ -167,6 +180,10 @@ class PreferencePairs:
 
     def __len__(self) -> int:
         return len(self.margins)
+
+    def digest(self) -> str:
+        """Of texts and margins."""
+        return self.texts.digest(self.margins)
 
     @property
     def num_tokens(self) -> int:
@@ -306,13 +323,13 @@ class _Training:
     seconds: float = 0.0
     recent: list[float] = field(default_factory=list[float])
 
-    def save(self, folder: Path, identity: Mapping[str, Any], again: str) -> None:
+    def save(self, folder: Path, also: Mapping[str, Any], again: str) -> None:
         """Write aside, then rename."""
         folder.mkdir(parents=True, exist_ok=True)
         aside = folder / f"{STATE}.new"
         counters = {name: getattr(self, name) for name in COUNTERS}
         state = {
-            "identity": dict(identity), "weights": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+            **also, "weights": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "rng": self.rng.getstate(), **counters,
         }  # fmt: skip
         try:
@@ -325,19 +342,36 @@ class _Training:
                 f"cannot keep the reward model's training in {folder}: {reason}; free some space, then {again}"
             ) from error
 
-    def load(self, folder: Path, identity: Mapping[str, Any]) -> bool:
-        """Whether there was a state of the same training, which then is this one's."""
-        if not (folder / STATE).exists():
-            return False
-        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
-        if state["identity"] != identity:
-            return False
+    def load(self, state: Mapping[str, Any]) -> None:
         self.model.load_state_dict(state["weights"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.rng.setstate(state["rng"])
         for name in COUNTERS:
             setattr(self, name, state[name])
-        return True
+
+
+def kept_training(out: Path) -> Path:
+    """Where the state of an interrupted training of the model `out` is kept."""
+    return out.with_name(out.name + ".training")
+
+
+def _kept_state(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The state in `folder`; None where there is none. It must be that of the same training."""
+    if not (folder / STATE).exists():
+        return None
+    try:
+        state = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file that was cut may raise anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise HeelerError(f"{folder / STATE} cannot be read ({reason}): delete {folder} to begin anew") from error
+    known = state["identity"]
+    other = [name for name in {**known, **identity} if known.get(name) != identity.get(name)]
+    if other:
+        raise HeelerError(
+            f"{folder} is the state of a training with other {', '.join(other)}: give what it was begun with, or"
+            " delete it to begin anew"
+        )
+    return state
 
 
 def train_reward_model(
@@ -346,25 +380,43 @@ def train_reward_model(
     tests: Mapping[str, tuple[LabelledTexts | PreferencePairs, int | None]],
     out: Path,
     show: bool = True,
-    on_start: Callable[[int], None] | None = None,
+    on_start: Callable[[int, dict[str, Any]], None] | None = None,
     on_step: Callable[[dict[str, float]], None] | None = None,
     again: str = "give the same command again",
 ) -> dict[str, Any]:
     """Train, measure on each of `tests` (name -> data, and the length at which texts are read), and write the folder
     aside, then rename.
 
-    Every five minutes and at Ctrl-C the state of training is kept in `OUT.training`; called again with the same config
-    and data it goes on from there, with the same numbers. `again` tells the user how. Returns what is written to
-    `heeler.json`: the config, the figures, the seconds; and for preferences `scores`, the normalised scores of chosen
-    and rejected of each test. `on_start` gets the number of steps that are done already, `on_step` the metrics of each
-    optimiser step.
+    Every five minutes, at Ctrl-C and at the end the state of training is kept in `kept_training(out)`; called again
+    with the same config and data it goes on from there, with the same numbers on the same kind of device. `again` tells
+    the user how. Who calls deletes it when it has no use for it any more.
+
+    Args:
+        config: how.
+        train, tests: data.
+        out: the folder of the model.
+        show: print progress.
+        on_start: gets the number of steps that are done already, and the precision, threads and device chosen.
+        on_step: gets the metrics of each optimiser step.
+        again: how an interrupted training goes on, for its message.
+
+    Returns:
+        what is written to `heeler.json`: the config, the figures, the seconds; and for preferences `scores`, the
+        normalised scores of chosen and rejected of each test.
     """
     machine.keep_freed_memory()
-    machine.set_threads(config.threads)
     torch.manual_seed(config.seed)
+    # the machine's part of the config may change between two sessions, the training not
+    identity = to_json(replace(config, device="auto", threads=None, precision="auto", token_budget=None))
+    identity |= {"number of items": len(train), "data": train.digest()}
+    state = _kept_state(kept_training(out), identity)
+    resolved: dict[str, Any] = state["resolved"] if state is not None else {}
     tokenizer = train.texts.tokenizer
     device = torch.device(machine.choose_device(config.device))
-    precision, _ = machine.choose_precision(config.precision, str(device))
+    threads = machine.set_threads(config.threads or resolved.get("threads"))
+    known = resolved.get("precision", config.precision) if config.precision == "auto" else config.precision
+    precision, _ = machine.choose_precision(known, str(device))
+    resolved = {"precision": precision, "threads": threads, "device": str(device)}
     computing = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
     model = loading.load_classifier(config.model, num_labels=1).to(device)
     model.config.pad_token_id = tokenizer.pad_token_id  # a causal model looks for its last token by it
@@ -377,31 +429,13 @@ def train_reward_model(
     )
     training = _Training(model=model, optimizer=optimizer, rng=random.Random(config.seed))
     total = config.tokens or max(1, round(config.epochs * train.num_tokens))
-    kept = out.with_name(out.name + ".training")
-    # the machine's part of the config may change between two sessions, the training not
-    identity = to_json(replace(config, device="auto", threads=None, precision="auto", token_budget=None))
-    identity |= {"items": len(train), "num_tokens": train.num_tokens}
-    if training.load(kept, identity):
+    if state is not None:
+        training.load(state)
         say(f"continuing the reward model after {training.done:,} of {total:,} tokens", show)
     if on_start is not None:
-        on_start(training.step)
-    bar = progress(total, "reward model", "token", done=min(training.done, total), show=show)
-    saved = time.monotonic()
-    with interruptible() as interrupted:
-        try:
-            while training.done < total and not interrupted.is_set():
-                metrics = _step(training, train, config, total, computing)
-                bar.update(min(training.done, total) - bar.n)
-                bar.set_postfix_str(f"loss {sum(training.recent) / len(training.recent):.3f}", refresh=False)
-                if on_step is not None:
-                    on_step(metrics)
-                if interrupted.is_set() or training.done >= total or time.monotonic() - saved > SAVE_EVERY:
-                    training.save(kept, identity, again)
-                    saved = time.monotonic()
-        finally:
-            bar.close()
-    if training.done < total:
-        raise KeyboardInterrupt(f"stopped after {training.done:,} of {total:,} tokens; to continue, {again}")
+        on_start(training.step, resolved)
+    keep = partial(training.save, kept_training(out), {"identity": identity, "resolved": resolved}, again)
+    _train_to(total, training, train, config, computing, keep, again, on_step, show)
     score: dict[str, Any] = {"kind": train.kind, "scale": 1.0, "shift": 0.0}
     if isinstance(train, PreferencePairs) and config.normalize:
         chosen = [train.texts.row(2 * i) for i in range(min(len(train), 1000))]
@@ -434,8 +468,41 @@ def train_reward_model(
     write_json(aside / "heeler.json", report)
     shutil.rmtree(out, ignore_errors=True)
     aside.rename(out)
-    shutil.rmtree(kept, ignore_errors=True)
     return {**report, "scores": plots} if plots else report
+
+
+def _train_to(
+    total: int,
+    training: _Training,
+    train: LabelledTexts | PreferencePairs,
+    config: RewardConfig,
+    computing: AbstractContextManager[Any],
+    keep: Callable[[], None],
+    again: str,
+    on_step: Callable[[dict[str, float]], None] | None,
+    show: bool,
+) -> None:
+    """Optimiser steps until `total` tokens are done; `keep` writes the state on the way."""
+    bar = progress(total, "reward model", "token", done=min(training.done, total), show=show)
+    kept, saved = training.done, time.monotonic()
+    try:
+        with interruptible() as interrupted:
+            while training.done < total and not interrupted.is_set():
+                metrics = _step(training, train, config, total, computing)
+                bar.update(min(training.done, total) - bar.n)
+                bar.set_postfix_str(f"loss {sum(training.recent) / len(training.recent):.3f}", refresh=False)
+                if on_step is not None:
+                    on_step(metrics)
+                if interrupted.is_set() or training.done >= total or time.monotonic() - saved > SAVE_EVERY:
+                    keep()
+                    kept, saved = training.done, time.monotonic()
+    except KeyboardInterrupt:  # a second Ctrl-C
+        stays = f"the state of {kept:,} tokens stays" if kept else "nothing was kept yet"
+        raise KeyboardInterrupt(f"stopped at once: {stays}; to go on, {again}") from None
+    finally:
+        bar.close()
+    if interrupted.is_set():
+        raise KeyboardInterrupt(f"stopped after {training.done:,} of {total:,} tokens; to continue, {again}")
 
 
 def _step(

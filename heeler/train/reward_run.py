@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import tyro
 
 from heeler.data.preferences import Preference, check_disjoint, load_labels, load_preferences, split_by_prompt
@@ -16,7 +18,7 @@ from heeler.policies import loading
 from heeler.runtime.configs import from_json, to_json
 from heeler.runtime.progress import say
 from heeler.runtime.runs import RunFolder
-from heeler.train.reward import LabelledTexts, PreferencePairs, RewardConfig, train_reward_model
+from heeler.train.reward import LabelledTexts, PreferencePairs, RewardConfig, kept_training, train_reward_model
 from heeler.train.run import default_out, new_folder
 from heeler.types import HeelerError
 
@@ -88,11 +90,19 @@ def _train(
     show: bool,
 ) -> dict[str, Any]:
     say(f"{len(train):,} {train.kind} to train on, {len(test):,} held out", show)
+    again = f"run: heeler resume {folder.path}"
+
+    def start(step: int, resolved: dict[str, Any]) -> None:
+        folder.write_config({**folder.read_config(), "resolved": {**resolved, "torch": torch.__version__}})
+        folder.forget_after(step)
+
     try:
         report = train_reward_model(
-            config, train, {"held_out": (test, None)}, folder.path / "model", show=show, on_start=folder.forget_after,
-            on_step=folder.log, again=f"run: heeler resume {folder.path}",
+            config, train, {"held_out": (test, None)}, folder.path / "model", show=show, on_start=start,
+            on_step=folder.log, again=again,
         )  # fmt: skip
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(str(interrupt) or f"interrupted; to continue, {again}") from None
     finally:
         folder.close()
     scores = report.pop("scores", None)
@@ -101,10 +111,11 @@ def _train(
         "pairs_or_texts": {"train": len(train), "held_out": len(test)}, "seconds": report["seconds"],
         "updates": report["steps"],
     }  # fmt: skip
+    folder.write_summary(summary)
+    shutil.rmtree(kept_training(folder.path / "model"), ignore_errors=True)
     if scores is not None:
         chosen, rejected = scores["held_out"]
         draw_scores(chosen, rejected, folder.path / "scores.png", show)
-    folder.write_summary(summary)
     figures = report["figures"]["held_out"]
     say(
         f"held out: accuracy {figures['accuracy']:.1%}, log loss {figures['log_loss']:.3f} nats, calibration error"
@@ -120,7 +131,10 @@ def _load(
 ) -> tuple[LabelledTexts, LabelledTexts] | tuple[PreferencePairs, PreferencePairs]:
     source, held_out = data if data is not None else task.data, eval_data if eval_data is not None else task.eval_data
     if not source:
-        raise HeelerError("no data were given: --data FILE with prompt, chosen and rejected, or text and label")
+        raise HeelerError(
+            "no data were given: --data FILE with prompt, chosen and rejected, or text and label (rows given from"
+            " Python are given again to resume_reward)"
+        )
     if not 0 < task.eval_share < 1:
         raise HeelerError(f"--eval-share is {task.eval_share}: it must lie between 0 and 1")
     tokenizer = loading.load_tokenizer(task.training.model)

@@ -117,7 +117,7 @@ def test_an_interrupted_classifier_goes_on(tiny_smollm2: str, tmp_path: Path, mo
 
 
 def test_a_folder_that_is_no_run_is_refused(tiny_smollm2: str, tmp_path: Path) -> None:
-    (tmp_path / "run" / "sft").mkdir(parents=True)
+    (tmp_path / "run" / "sft" / "notes").mkdir(parents=True)
     with pytest.raises(HeelerError, match="exists and is no run that could go on"):
         stages.sft_stage(SFTConfig(model=tiny_smollm2, data="x.jsonl", out=str(tmp_path / "run" / "sft")))
 

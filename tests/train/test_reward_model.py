@@ -15,7 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from heeler import RewardConfig, RewardTask, train_reward
+from heeler import RewardConfig, RewardTask, resume_reward, train_reward
 from heeler.data.preferences import load_preferences, split_by_prompt
 from heeler.policies import loading
 from heeler.policies.inputs import TokenInputs
@@ -23,6 +23,7 @@ from heeler.policies.language_model import LanguageModelPolicy, SeparateCritic, 
 from heeler.policies.loading import load_causal_lm, load_tokenizer
 from heeler.rewards.classifier import ClassifierReward
 from heeler.rewards.specs import load_reward
+from heeler.runtime import machine
 from heeler.runtime.runs import RunFolder
 from heeler.train import reward as reward_training
 from heeler.train.reward import (
@@ -110,7 +111,7 @@ MIXED = ["good", "the bad film the good a poor film", "a film", "fine fine fine"
 
 @pytest.mark.parametrize("kind", ["labels", "preferences"])
 def test_passes_do_not_change_the_gradient(encoder: str, kind: str) -> None:
-    """Rows of mixed length: item by item, in passes of 12 tokens and all at once in the order that was drawn."""
+    """Rows of mixed length: item by item, in passes of 24 tokens and all at once in the order that was drawn."""
     tokenizer = load_tokenizer(encoder)
     pairs = [{"prompt": "the", "chosen": text, "rejected": f"{text} a bad", "margin": 0.1 * i} for i, text in
              enumerate(MIXED)]  # fmt: skip
@@ -158,7 +159,7 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def test_resume_equals_uninterrupted(encoder: str, tmp_path: Path) -> None:
-    """Crops, order and moments are those of a training that nobody stopped; other settings begin anew."""
+    """Crops, order and moments are those of a training that nobody stopped; other settings and data are refused."""
     data = LabelledTexts(MIXED, [True, False] * 3, load_tokenizer(encoder))
     config = RewardConfig(model=encoder, tokens=900, lr=1e-2, batch_size=4, lengths=(4, 8), threads=1, precision="fp32")
     whole = train_reward_model(config, data, {"test": (data, 8)}, tmp_path / "whole", show=False)
@@ -169,21 +170,54 @@ def test_resume_equals_uninterrupted(encoder: str, tmp_path: Path) -> None:
 
     def train(config: RewardConfig, **more: Any) -> dict[str, Any]:
         return train_reward_model(
-            config, data, {"test": (data, 8)}, tmp_path / "rm", show=False, on_start=steps.append, **more
-        )
+            config, data, {"test": (data, 8)}, tmp_path / "rm", show=False,
+            on_start=lambda step, resolved: steps.append(step), **more,
+        )  # fmt: skip
 
     with pytest.raises(KeyboardInterrupt):
-        train(replace(config, token_budget=64), on_step=stop_at(8))
+        train(replace(config, token_budget=16), on_step=stop_at(8))
     again = train(config)
     assert steps == [5, 8] and again["steps"] == whole["steps"] > 10 and again["figures"] == whole["figures"]
     for name, tensor in weights_of(tmp_path / "whole").items():
-        torch.testing.assert_close(weights_of(tmp_path / "rm")[name], tensor, atol=1e-5, rtol=1e-5)
-    assert not (tmp_path / "rm.training").exists()
+        torch.testing.assert_close(weights_of(tmp_path / "rm")[name], tensor, atol=1e-3, rtol=1e-3)
+    steps.clear()
+    train(config)  # the state is there until who called needs it no more: nothing is left but the tests
+    assert steps == [whole["steps"]]
 
-    with pytest.raises(KeyboardInterrupt):
-        train(config, on_step=stop_at(5))
-    train(replace(config, lr=2e-2))
-    assert steps == [5, 8, 0, 0]
+    other = LabelledTexts(MIXED, [False, True] * 3, load_tokenizer(encoder))
+    with pytest.raises(HeelerError, match=r"rm.training is the state of .* with other lr: give .* or delete it"):
+        train(replace(config, lr=2e-2))
+    with pytest.raises(HeelerError, match="a training with other data"):
+        train_reward_model(config, other, {}, tmp_path / "rm", show=False)
+    (tmp_path / "rm.training" / "training.pt").write_bytes(b"half")
+    with pytest.raises(HeelerError, match=r"training.pt cannot be read .*: delete .*rm.training to begin anew"):
+        train(config)
+
+
+def test_resume_takes_the_path_that_was_chosen(encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Precision and threads are those of the beginning, whatever a measurement would say now."""
+    data = LabelledTexts(MIXED, [True, False] * 3, load_tokenizer(encoder))
+    config = RewardConfig(model=encoder, tokens=300, batch_size=4, lengths=(8,))
+    chosen: list[dict[str, Any]] = []
+
+    def train(**more: Any) -> dict[str, Any]:
+        return train_reward_model(
+            config, data, {}, tmp_path / "rm", show=False, on_start=lambda _, resolved: chosen.append(resolved), **more
+        )
+
+    before = torch.get_num_threads()
+    try:
+        for cores, ratio in ((1, 9.0), (2, 0.1)):
+            speed = {torch.float32: ratio, torch.bfloat16: 1.0}
+            monkeypatch.setattr(machine, "usable_cores", lambda cores=cores: (cores, ""))
+            monkeypatch.setattr(machine, "_seconds_per_product", lambda dtype, speed=speed: speed[dtype])
+            if not chosen:
+                with pytest.raises(KeyboardInterrupt):
+                    train(on_step=stop_at(2))
+        assert train()["precision"] == "bf16"
+        assert chosen[0] == chosen[1] == {"precision": "bf16", "threads": 1, "device": "cpu"}
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_resume_of_a_run_folder(encoder: str, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
@@ -223,8 +257,35 @@ def test_resume_of_a_run_folder(encoder: str, tmp_path: Path, monkeypatch: Any, 
         assert main(["resume", str(tmp_path / run)]) == 0
         assert "continuing the reward model after" in capsys.readouterr().out
         assert lines(run) == lines("whole") and (tmp_path / run / "scores.png").exists()
+        assert not (tmp_path / run / "model.training").exists()
+        assert json.loads((tmp_path / run / "config.json").read_text())["resolved"]["precision"] == "fp32"
     assert main(["resume", str(tmp_path / "whole")]) == 2
     assert "whole is complete" in capsys.readouterr().err.replace("\n", "")
+
+
+@pytest.mark.parametrize("where", ["pair_scores", "second"])
+def test_a_stop_outside_of_the_steps(encoder: str, tmp_path: Path, monkeypatch: Any, where: str) -> None:
+    """While testing, and by a second Ctrl-C: it is said how to go on, and nothing is trained twice."""
+    task = task_of(encoder, tmp_path / "run", tokens=600)
+
+    def stop(*_: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        if where == "pair_scores":
+            patched.setattr(reward_training, "pair_scores", stop)
+            says = "interrupted; to continue, run: heeler resume"
+        else:
+            patched.setattr(RunFolder, "log", stop)
+            says = "stopped at once: nothing was kept yet; to go on, run: heeler resume"
+        with pytest.raises(KeyboardInterrupt, match=says):
+            train_reward(task, data=PAIRS, show=False)
+    logged = (tmp_path / "run" / "metrics.jsonl").read_text() if where == "pair_scores" else ""
+    with pytest.raises(HeelerError, match="rows given from Python are given again to resume_reward"):
+        resume_reward(tmp_path / "run")
+    summary = resume_reward(tmp_path / "run", data=PAIRS, show=False)
+    assert summary["eval/after"]["accuracy"] > 0 and (tmp_path / "run" / "metrics.jsonl").read_text().startswith(logged)
 
 
 def test_a_full_disk_keeps_what_was_kept(encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +304,7 @@ def test_a_full_disk_keeps_what_was_kept(encoder: str, tmp_path: Path, monkeypat
             train_reward_model(config, data, {}, tmp_path / "rm", show=False, on_step=stop_at(4))
     assert [file.name for file in (tmp_path / "rm.training").iterdir()] == ["training.pt"]
     steps: list[int] = []
-    train_reward_model(config, data, {}, tmp_path / "rm", show=False, on_start=steps.append)
+    train_reward_model(config, data, {}, tmp_path / "rm", show=False, on_start=lambda step, _: steps.append(step))
     assert steps == [2]
 
 
