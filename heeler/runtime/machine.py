@@ -64,6 +64,8 @@ def choose_precision(wanted: Precision, device: str) -> tuple[Literal["fp32", "b
     if device.startswith("cuda"):
         good = torch.cuda.is_bf16_supported()
         return ("bf16", "bf16: the GPU has it") if good else ("fp32", "fp32: the GPU has no bf16")
+    if not device.startswith("cpu"):
+        return "fp32", f"fp32: whether bf16 is worth it on {device} is not known, try --precision bf16"
     ratio = _seconds_per_product(torch.float32) / _seconds_per_product(torch.bfloat16)
     if ratio > 1.5:
         return "bf16", f"bf16: matrix products are {ratio:.1f} times as fast as in fp32 here"

@@ -42,6 +42,8 @@ def test_precision_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "_seconds_per_product", lambda dtype: 1.0)
     assert machine.choose_precision("auto", "cpu")[0] == "fp32"
     assert machine.choose_precision("bf16", "cpu") == ("bf16", "bf16, as asked")
+    precision, why = machine.choose_precision("auto", "mps")  # the CPU's rate says nothing about it
+    assert precision == "fp32" and "on mps is not known" in why
 
 
 def test_one_process_reduces_nothing() -> None:
