@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,10 @@ import torch
 from tests.tiny import save_tiny_model
 
 COUNT_WORDS = [str(i) for i in range(10)] + ["go"]
+
+
+def pytest_configure() -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests press Ctrl-C; a shell's background ignores it
 
 
 @pytest.fixture(autouse=True)

@@ -26,6 +26,7 @@ from heeler.policies.inputs import PaddedRows, TokenInputs
 from heeler.policies.loading import SCORE_KEY, model_folder
 from heeler.policies.logprobs import token_logprobs
 from heeler.policies.precision import is_linear, round_linear
+from heeler.policies.quantized import numbers, quantize_linear
 from heeler.policies.splitting import full_attention, layer_list, shared_copy, split, top_parameters
 from heeler.runtime.packages import quiet_transformers, require
 from heeler.types import HeelerError, Inputs, PolicyOutput
@@ -55,11 +56,14 @@ class LoRA:
         rank: r of the adapters.
         alpha: their scale is alpha / rank.
         layers: adapt the last `layers` decoder layers only; None adapts all.
+        quantize: "nf4" keeps the adapted layers' own weights in 4 bits (QLoRA, 2305.14314): policy, reference and what
+            is exported are then the rounded model. The engine's copy stays in the run's precision.
     """
 
     rank: int = 16
     alpha: int = 32
     layers: int | None = None
+    quantize: Literal["none", "nf4"] = "none"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +115,7 @@ class LanguageModelPolicy:
         seed: of the value network's and the adapters' first weights.
         token_bias: `[V]` added to the logits of policy and reference (a token mask), or None.
         share_prompts: let samples of one prompt share its tokens, where the models can.
+        device: where to; the model is moved when its weights have the form that they keep. None leaves it.
     """
 
     def __init__(
@@ -125,8 +130,9 @@ class LanguageModelPolicy:
         seed: int = 0,
         token_bias: Tensor | None = None,
         share_prompts: bool = True,
+        device: str | torch.device | None = None,
     ) -> None:
-        self._keep(model, trainable, critic, temperature, precision, entropy_gradient, token_bias)
+        self._keep(model, trainable, critic, temperature, precision, entropy_gradient, token_bias, device)
         base = model.base_model
         if isinstance(trainable, (TopLayers, LoRA)) and trainable.layers is not None:
             found = layer_list(base)
@@ -141,17 +147,23 @@ class LanguageModelPolicy:
                 )
         changing = self._changing_parameters(base)
         self.changed_names = [name for name, parameter in model.named_parameters() if id(parameter) in changing]
+        adapted = isinstance(trainable, LoRA)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
-            if precision == "bf16" and id(parameter) not in changing:
+            if precision == "bf16" and (adapted or id(parameter) not in changing):
                 parameter.data = parameter.data.to(torch.bfloat16)
-        self._linear_head = self._head_is_linear()
-        torch.manual_seed(seed)
-
         self.engine_model: Any = shared_copy(model, [p for p in model.parameters() if id(p) in changing])
         if precision == "bf16":
             for parameter in self.engine_model.parameters():  # not the buffers: rotary frequencies need their digits
                 parameter.data = parameter.data.to(torch.bfloat16)
+        if isinstance(trainable, LoRA) and trainable.quantize == "nf4":
+            self._quantize(changing)
+        model.to(self.device)
+        self.engine_model.to(self.device)
+        changing = {id(p) for name, p in model.named_parameters() if name in self.changed_names}
+        self._linear_head = self._head_is_linear()
+        torch.manual_seed(seed)
+
         critic_source = (
             copy.deepcopy(base) if isinstance(critic, SeparateCritic) and isinstance(trainable, Full) else None
         )
@@ -186,6 +198,7 @@ class LanguageModelPolicy:
         precision: Literal["fp32", "bf16"],
         entropy_gradient: bool,
         token_bias: Tensor | None,
+        device: str | torch.device | None,
     ) -> None:
         self.trainable, self.critic_config = trainable, critic
         self.temperature, self.precision = temperature, precision
@@ -193,7 +206,7 @@ class LanguageModelPolicy:
         self.notes: list[str] = []  # what the user should know about the paths that were chosen
         self.model: Any = model.eval()
         use_fast_attention(model)
-        self.device: torch.device = next(model.parameters()).device
+        self.device: torch.device = next(model.parameters()).device if device is None else torch.device(device)
         self.token_bias = None if token_bias is None else token_bias.to(self.device)
         self.peft_model: Any = None
         self.critic_body: Any = None
@@ -229,6 +242,17 @@ class LanguageModelPolicy:
             )
         return linear
 
+    def _quantize(self, adapted: set[int]) -> None:
+        """Keep the adapted weights in 4 bits; the engine's copy takes what they are then."""
+        if self.device.type not in ("cpu", "cuda"):
+            raise HeelerError(f"--trainable.quantize nf4 runs on cpu and cuda, not on {self.device}: leave it at none")
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        chosen = {n: m for n, m in self.model.named_modules() if is_linear(m) and id(m.weight) in adapted}
+        quantize_linear(self.model, chosen, dtype)
+        rounded = self.engine_model.state_dict()
+        for name in chosen:
+            rounded[f"{name}.weight"].copy_(numbers(self.model.get_submodule(name).weight))
+
     def _add_adapters(self, lora: LoRA) -> None:
         require("peft", "lora")
         from peft import LoraConfig, get_peft_model
@@ -248,10 +272,8 @@ class LanguageModelPolicy:
             self.model, LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, **options)
         )
         for name, parameter in self.peft_model.named_parameters():
-            trained = "lora_" in name
-            parameter.data = parameter.data.to(
-                torch.bfloat16 if self.precision == "bf16" and not trained else torch.float32
-            )
+            if "lora_" in name:
+                parameter.data = parameter.data.float()
 
     def _split(self, reference_model: Any) -> None:
         base = self.model.base_model
@@ -572,7 +594,7 @@ class LanguageModelPolicy:
         for name, module in self.model.named_modules():
             if hasattr(module, "lora_A") and "default" in getattr(module, "lora_A", {}):
                 delta = module.get_delta_weight("default")
-                yield f"{name}.weight", module.base_layer.weight.detach() + delta
+                yield f"{name}.weight", numbers(module.base_layer.weight) + delta
 
     @property
     def num_trunk_layers(self) -> int:

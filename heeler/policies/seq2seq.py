@@ -104,6 +104,7 @@ class Seq2SeqPolicy(LanguageModelPolicy):
         seed: of the value network's first weights.
         token_bias: `[V]` added to the logits of policy and reference (a token mask), or None.
         share_prompts: encode a source with several targets once.
+        device: where to; None leaves the model where it is.
 
     Raises:
         HeelerError: other ways to train, another critic, no token that the decoder starts from.
@@ -121,6 +122,7 @@ class Seq2SeqPolicy(LanguageModelPolicy):
         seed: int = 0,
         token_bias: Tensor | None = None,
         share_prompts: bool = True,
+        device: str | torch.device | None = None,
     ) -> None:
         if not isinstance(trainable, Full):
             raise HeelerError(
@@ -132,7 +134,7 @@ class Seq2SeqPolicy(LanguageModelPolicy):
                 f"{type(model).__name__} is an encoder-decoder model, whose values come from a head on its decoder:"
                 f" choose critic:value-head (ValueHead() in Python), not {type(critic).__name__}"
             )
-        self._keep(model, trainable, critic, temperature, precision, entropy_gradient, token_bias)
+        self._keep(model.to(device), trainable, critic, temperature, precision, entropy_gradient, token_bias, device)
         self.decoder_start = decoder_start_id(model)
         self.shares_prompts = share_prompts
         for module in model.modules():

@@ -30,6 +30,12 @@ def quiet_transformers() -> None:
     logging.getLogger("peft").setLevel(logging.ERROR)
 
 
+def require_bitsandbytes() -> None:
+    """Raise a sentence where bitsandbytes is missing; it may not warn of kernels that nothing here needs."""
+    require("bitsandbytes", "bnb")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
 def load_function(spec: str, what: str = "function", example: str = "my_rewards:score") -> Callable[..., Any]:
     """The function or class that `module:name` names; modules of the current directory are found too."""
     module_name, _, name = spec.partition(":")

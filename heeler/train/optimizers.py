@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 from heeler.runtime import machine
-from heeler.runtime.packages import require
+from heeler.runtime.packages import require_bitsandbytes
 from heeler.types import HeelerError
 
 AdamW = Literal["adamw", "adamw8bit"]
@@ -19,7 +18,7 @@ AdamW = Literal["adamw", "adamw8bit"]
 def check_installed(kind: AdamW) -> None:
     """Raise a sentence, before anything is loaded, where the optimiser's package is missing."""
     if kind == "adamw8bit":
-        require("bitsandbytes", "bnb")
+        require_bitsandbytes()
 
 
 def make_adamw(
@@ -50,7 +49,6 @@ def make_adamw(
     check_installed(kind)
     if device.partition(":")[0] not in ("cpu", "cuda"):
         raise HeelerError(f"--optimizer adamw8bit runs on cpu and cuda, not on {device}: use --optimizer adamw")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of kernels that no optimiser needs
     from bitsandbytes.optim.adamw import AdamW8bit
 
     embeddings = [m.weight for model in models for m in model.modules() if isinstance(m, nn.Embedding)]

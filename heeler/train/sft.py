@@ -216,7 +216,7 @@ def build_sft_run(
     if not source:
         raise HeelerError("no examples were given: --data FILE (JSONL, CSV, Parquet) or a datasets id")
     tokenizer = loading.load_tokenizer(config.model)
-    model = loading.load_language_model(config.model).to(device)
+    model = loading.load_language_model(config.model)
     seq2seq = model.config.is_encoder_decoder
     if seq2seq and config.pack:
         raise HeelerError("sequences of an encoder-decoder model cannot share rows: leave --pack off")
@@ -245,6 +245,7 @@ def build_sft_run(
         precision=precision,
         seed=config.seed,
         share_prompts=False,
+        device=device,
     )
     if config.activation_checkpointing:
         policy.checkpoint_activations()

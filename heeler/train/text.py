@@ -353,7 +353,7 @@ def build_text_run(
     judges = load_judges(config.judges)
     tokenizer = loading.load_tokenizer(config.model)
 
-    model = loading.load_language_model(config.model).to(device)
+    model = loading.load_language_model(config.model)
     room = loading.prompt_room(model, config.sampling.max_new_tokens, value_after=config.truncation == "bootstrap")
     source = prompts if prompts is not None else config.prompts
     loaded = load_prompts(source, tokenizer, max_tokens=room) if len(source) else None
@@ -374,6 +374,7 @@ def build_text_run(
         seed=config.seed,
         token_bias=bias,
         share_prompts=config.share_prompts,
+        device=device,
     )
     if config.activation_checkpointing:
         policy.checkpoint_activations()
@@ -449,8 +450,9 @@ def _describe(trainable: Trainable) -> str:
             return "all"
         case TopLayers(layers=layers):
             return f"top {layers} layers"
-        case LoRA(rank=rank, layers=layers):
-            return f"LoRA rank {rank} on {'all' if layers is None else f'the top {layers}'} layers"
+        case LoRA(rank=rank, layers=layers, quantize=quantize):
+            kept = f", their own weights in 4 bits ({quantize})" if quantize != "none" else ""
+            return f"LoRA rank {rank} on {'all' if layers is None else f'the top {layers}'} layers{kept}"
 
 
 # the run ------------------------------------------------------------------------------------------------------
