@@ -52,6 +52,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except HeelerError as error:
         print(f"heeler: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch
+            raise
+        print(
+            f"heeler: the device's memory is full ({str(error).partition('. ')[0]}): sample fewer completions at once"
+            " (--engine-rows), train fewer layers or LoRA adapters, take --activation-checkpointing or a smaller"
+            " --ppo.token-budget; where a checkpoint was kept, heeler resume RUN continues it",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt as interrupt:
         told = str(interrupt) or "interrupted before training began: start the same command again, the cache stays"
         print(f"\nheeler: {told}", file=sys.stderr)

@@ -6,10 +6,31 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from heeler import cli
 from heeler.cli import main
 
 REWARD = "def score(prompts, completions, answer, **_): return [float(len(c)) for c in answer]"
+
+
+def test_a_full_device_is_said_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(words: list[str]) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has ...")
+
+    monkeypatch.setattr(cli, "_dispatch", full)
+    assert main(["ppo", "lm"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("heeler: the device's memory is full (CUDA out of memory): ") and said.count("\n") == 1
+
+    def other(words: list[str]) -> int:
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(cli, "_dispatch", other)
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        main(["ppo", "lm"])
 
 
 def test_a_users_own_task(

@@ -27,7 +27,13 @@ from torch import Tensor
 
 from heeler.ppo.kl import kl_estimate
 from heeler.ppo.losses import clipped_surrogate, is_clipped, ratio, value_loss
-from heeler.ppo.minibatches import budgeted_microbatches, decision_indices, pass_budget, shuffled_minibatches
+from heeler.ppo.minibatches import (
+    PassBudget,
+    budgeted_microbatches,
+    decision_indices,
+    pass_budget,
+    shuffled_minibatches,
+)
 from heeler.ppo.moments import explained_variance
 from heeler.types import CheckFailed, HeelerError, Inputs, Optimizer, Policy, PolicyOutput, Reduce, TrainBatch
 
@@ -160,6 +166,57 @@ def _columns(batch: TrainBatch) -> Tensor:
     return torch.stack([getattr(batch, name) for name in COLUMNS], dim=1)
 
 
+class _Reader:
+    """How items of a batch become rows of its columns, and passes of a size."""
+
+    def __init__(self, inputs: Inputs, share_prompts: bool) -> None:
+        self.inputs, self.costs, self.decision_counts = inputs, inputs.costs, inputs.decision_counts
+        self.neighbours = inputs.neighbours if share_prompts else None
+        self.one_each = bool((self.decision_counts == 1).all())  # items are decisions
+        alike = bool((self.costs == self.costs[:1]).all())
+        self.in_order = alike and self.neighbours is None  # nothing is gained by sorting them
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def rows(self, columns: Tensor, items: Tensor) -> Tensor:
+        """`[n, 7]` the decisions of `items`, in their order; those of the last call are remembered."""
+        if self._last is None or self._last[0] is not columns or self._last[1] is not items:
+            indices = items if self.one_each else decision_indices(items, self.decision_counts)
+            self._last = columns, items, columns[indices]
+        return self._last[2]
+
+    def split(self, items: Tensor, tokens: int) -> Sequence[Tensor]:
+        """`items` in passes of that many tokens."""
+        if not self.in_order:
+            return budgeted_microbatches(items, self.costs, tokens, self.neighbours)
+        each = max(tokens // max(int(self.costs[0]), 1), 1)
+        if each >= len(items):
+            return [items]
+        return items.split(each)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+
+
+def _add_gradients(
+    gradients: Callable[..., tuple[float, Tensor]],
+    optimizer: Optimizer,
+    reader: _Reader,
+    columns: Tensor,
+    denominators: tuple[float, float],
+    config: PPOConfig,
+    passes: Sequence[Tensor],
+) -> tuple[_Record, str]:
+    """The gradient of an optimiser step in `.grad`; returns what the policy said, and what is wrong with the loss."""
+    optimizer.zero_grad(set_to_none=True)
+    record = _Record()
+    for items in passes:
+        rows = reader.rows(columns, items)
+        loss, said = gradients(reader.inputs.select(items), rows, *denominators, config)
+        record.rows.append(rows)
+        record.said.append(said)
+        if not math.isfinite(loss):
+            parts = said[2:].sum(1) / torch.tensor(denominators, device=said.device)
+            return record, f"policy part {parts[0].item():.4g}, value part {parts[1].item():.4g}"
+    return record, ""
+
+
 def _check_shapes(output: PolicyOutput, n: int) -> None:
     for name in ("logprobs", "entropy", "values"):
         shape = tuple(getattr(output, name).shape)
@@ -227,31 +284,30 @@ def update(
     generator: torch.Generator,
     reduce: Reduce,
     refresh: Callable[[], TrainBatch] | None = None,
+    budget: PassBudget | None = None,
 ) -> dict[str, float]:
     """Improve the policy on one batch, in place; returns the metrics of the update.
 
     The optimiser's parameter groups may carry a `name`; "policy" and "critic" are reported by name. Where `refresh` is
     given, each epoch but the first learns the advantages, returns and values of the batch that it returns: the same
-    decisions, judged by the critic as it is then.
+    decisions, judged by the critic as it is then. `budget` is the tokens of a pass, kept from one update to the next
+    because it shrinks where a pass does not fit into the device's memory; None takes the config's.
 
     Raises:
-        HeelerError: prompts are to be shuffled where there are none.
+        HeelerError: prompts are to be shuffled where there are none, or a single item does not fit into the memory.
         CheckFailed: the ratio is off 1 at the first minibatch, or a loss is not finite. The parameters are then
             those of the last good optimiser step.
     """
     gradients: Callable[..., tuple[float, Tensor]] = getattr(policy, "ppo_gradients", None) or partial(
         autograd_gradients, policy
     )
-    costs, decision_counts = batch.inputs.costs, batch.inputs.decision_counts
-    one_each = bool((decision_counts == 1).all())  # items are decisions
-    alike = bool((costs == costs[:1]).all())  # then nothing is gained by sorting them
-    columns = _columns(batch)
+    reader = _Reader(batch.inputs, getattr(policy, "shares_prompts", False))
+    columns, costs = _columns(batch), reader.costs
     num_items = -int(reduce.max(-torch.tensor(len(costs))))  # the smallest share of any process
     groups = batch.inputs.groups if config.shuffle == "prompts" else None
     if groups is None and config.shuffle == "prompts":
         raise HeelerError('shuffle="prompts" is for samples of prompts, of which this batch has none')
-    neighbours = batch.inputs.neighbours if getattr(policy, "shares_prompts", False) else None
-    budget = config.budget(costs.device)
+    budget = PassBudget(config.budget(costs.device)) if budget is None else budget
     record = _Record()
     grad_norms: dict[str, list[float]] = {}
     stopped = False
@@ -264,30 +320,19 @@ def update(
         num_minibatches = min(config.minibatches, num_items)  # fewer where there are fewer items
         for items in shuffled_minibatches(len(costs), num_minibatches, generator, groups) if num_items else []:
             items = items.to(costs.device)
-            if alike and neighbours is None:
-                rows_each = max(budget // max(int(costs[0]), 1), 1)
-                micro_batches = list(items.split(rows_each))  # pyright: ignore[reportUnknownMemberType, reportUnknownArgumentType]
-            else:
-                micro_batches = budgeted_microbatches(items, costs, budget, neighbours)
-            indices_of = [m if one_each else decision_indices(m, decision_counts) for m in micro_batches]
-            rows_of = [columns[indices] for indices in indices_of]
-            weight_sums = torch.stack([rows[:, 4:6].sum(0) for rows in rows_of]).sum(0)
-            policy_denominator, value_denominator = (float(x) for x in reduce.sum(weight_sums))
+            rows = reader.rows(columns, items)
+            policy_denominator, value_denominator = (float(x) for x in reduce.sum(rows[:, 4:6].sum(0)))
             if policy_denominator == 0.0 and value_denominator == 0.0:
                 continue  # nothing to learn from: every decision was dropped
             if config.loss_denominator is not None:
                 policy_denominator = config.loss_denominator
             denominators = max(policy_denominator, 1e-12), max(value_denominator, 1e-12)
-            broken = ""
-            optimizer.zero_grad(set_to_none=True)
-            for micro_items, rows in zip(micro_batches, rows_of, strict=True):
-                loss, said = gradients(batch.inputs.select(micro_items), rows, *denominators, config)
-                record.rows.append(rows)
-                record.said.append(said)
-                if not math.isfinite(loss):
-                    policy_part, value_part = said[2:].sum(1) / torch.tensor(denominators, device=said.device)
-                    broken = f"policy part {policy_part.item():.4g}, value part {value_part.item():.4g}"
-                    break
+            of_step, broken = budget.fit(
+                partial(reader.split, items),
+                partial(_add_gradients, gradients, optimizer, reader, columns, denominators, config),
+            )
+            record.rows += of_step.rows
+            record.said += of_step.said
             if reduce.world_size > 1 and float(reduce.max(torch.tensor(float(bool(broken))))):
                 broken = broken or "in another process"  # every process stops together
             if broken:

@@ -26,7 +26,7 @@ from heeler.policies.fused import FlatAdam
 from heeler.policies.networks import MLP, Network
 from heeler.policies.steps import Observed, Segments, Steps, pick
 from heeler.ppo.advantages import AdvantageConfig
-from heeler.ppo.minibatches import budgeted_microbatches, decision_indices
+from heeler.ppo.minibatches import PassBudget, budgeted_microbatches, decision_indices
 from heeler.ppo.moments import RunningMoments
 from heeler.ppo.schedules import Schedule
 from heeler.ppo.shaping import segment_of_decision, segment_sums
@@ -169,7 +169,7 @@ class GymRun(Run):
         return make_score(self)
 
     def revalue(self) -> Revalue:
-        return partial(with_values_of, self.policy, self.config.ppo.budget(self.policy.device))
+        return partial(with_values_of, self.policy, self.state.passes.tokens)
 
     def can_evaluate(self) -> bool:
         return self.config.eval_episodes > 0
@@ -244,7 +244,7 @@ def make_score(run: GymRun) -> Score:
 
     def score(rollout: Rollout, state: TrainState) -> tuple[ScoredRollout, dict[str, float]]:
         assert isinstance(rollout, VectorRollout)
-        old, values, bootstrap = read_rollout(policy, rollout, config.ppo.budget(policy.device))
+        old, values, bootstrap = read_rollout(policy, rollout, state.passes.tokens)
         if bool((rollout.policy_versions != state.step).any()):
             raise CheckFailed(f"the environments were stepped with other weights than those of update {state.step}")
         gap = (rollout.behavior_logprobs - old).abs()
@@ -356,8 +356,9 @@ def build_gym_run(config: GymConfig) -> GymRun:
     else:
         optimizer = torch.optim.Adam(groups, lr=config.lr, eps=config.adam_eps, fused=True)
     state = TrainState(
-        policy=policy, optimizer=optimizer, generator=torch.Generator().manual_seed(config.seed), kl_coef=0.0
-    )
+        policy=policy, optimizer=optimizer, generator=torch.Generator().manual_seed(config.seed),
+        passes=PassBudget(config.ppo.budget(policy.device)),
+    )  # fmt: skip
     collecting = VectorCollector(env, config.num_steps, config.seed)
     scaler = RewardScaler(config.env.num_envs, config.advantage.gamma) if config.scale_rewards else None
     notes = [

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from heeler.policies.inputs import TokenInputs
 from heeler.policies.language_model import LanguageModelPolicy
-from heeler.ppo.minibatches import budgeted_microbatches, decision_indices
+from heeler.ppo.minibatches import PassBudget, budgeted_microbatches, decision_indices
 from heeler.types import Reward, RewardOutput, Rollout, Samples
 
 
@@ -65,7 +66,7 @@ def evaluate_text(
     judges: Mapping[str, Reward],
     *,
     texts: Sequence[str],
-    token_budget: int,
+    passes: PassBudget,
     engine_logprobs: Tensor | None = None,
 ) -> Evaluation:
     """Measure a rollout of held-out prompts.
@@ -77,7 +78,7 @@ def evaluate_text(
         scored: what the reward said of it.
         judges: independent scorers by name.
         texts: what the policy wrote, without what an environment answered.
-        token_budget: tokens of a forward pass.
+        passes: tokens of a forward pass.
         engine_logprobs: `[n]` of the decisions under the policy, where they need not be computed again.
 
     Returns:
@@ -89,18 +90,24 @@ def evaluate_text(
     """
     inputs = rollout.inputs
     assert isinstance(inputs, TokenInputs)
-    kl, nll = 0.0, 0.0
-    for items in budgeted_microbatches(torch.arange(len(inputs.lengths)), inputs.costs.cpu(), token_budget):
-        items = items.to(inputs.lengths.device)
-        part = inputs.select(items)
-        if engine_logprobs is None:
-            output, ref_logprobs, _ = policy.score(part)
-            logprobs = output.logprobs
-        else:
-            logprobs = engine_logprobs[decision_indices(items, inputs.decision_counts)]
-            ref_logprobs = policy.logprobs(part, reference=True)
-        kl += float((logprobs - ref_logprobs).double().sum())
-        nll -= float(ref_logprobs.double().sum())
+
+    def read(parts: Sequence[torch.Tensor]) -> tuple[float, float]:
+        kl, nll = 0.0, 0.0
+        for items in parts:
+            items = items.to(inputs.lengths.device)
+            part = inputs.select(items)
+            if engine_logprobs is None:
+                output, ref_logprobs, _ = policy.score(part)
+                logprobs = output.logprobs
+            else:
+                logprobs = engine_logprobs[decision_indices(items, inputs.decision_counts)]
+                ref_logprobs = policy.logprobs(part, reference=True)
+            kl += float((logprobs - ref_logprobs).double().sum())
+            nll -= float(ref_logprobs.double().sum())
+        return kl, nll
+
+    everything, costs = torch.arange(len(inputs.lengths)), inputs.costs.cpu()
+    kl, nll = passes.fit(partial(budgeted_microbatches, everything, costs), read)
     shown = scored.components.get("probability", scored.scores)
     count, tokens = len(rollout.terminated), len(rollout.actions)
     figures = {

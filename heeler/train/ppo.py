@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from heeler.ppo.advantages import AdvantageConfig, estimate_advantages
+from heeler.ppo.minibatches import PassBudget
 from heeler.ppo.schedules import Schedule
 from heeler.ppo.update import PPOConfig, update
 from heeler.types import Collector, Optimizer, Policy, Reduce, Rollout, ScoredRollout, TrainBatch
@@ -43,6 +44,7 @@ class TrainState:
             `starts_at`, the first update that trains them.
         generator: shuffles the minibatches.
         step: updates done.
+        passes: tokens of a forward and backward pass; no checkpoint holds them, since they are the machine's.
         kl_coef: beta of the penalty toward the reference.
         decisions, episodes, seconds: totals so far.
     """
@@ -50,6 +52,7 @@ class TrainState:
     policy: Any
     optimizer: Optimizer
     generator: torch.Generator
+    passes: PassBudget
     step: int = 0
     kl_coef: float = 0.0
     decisions: int = 0
@@ -109,8 +112,9 @@ def train_loop(
                 raise ValueError("advantage.recompute needs a run that can value a rollout again")
             refresh = partial(_judge_again, revalue, scored, config.advantage, reduce)
         metrics |= update(
-            policy, state.optimizer, batch, ppo, generator=state.generator, reduce=reduce, refresh=refresh
-        )
+            policy, state.optimizer, batch, ppo, generator=state.generator, reduce=reduce, refresh=refresh,
+            budget=state.passes,
+        )  # fmt: skip
         state.step += 1
         collector.publish(policy, state.step)
         end = time.perf_counter()

@@ -30,7 +30,7 @@ from torch import Tensor
 from heeler.data.preferences import Preference
 from heeler.policies import loading
 from heeler.policies.splitting import layer_list
-from heeler.ppo.minibatches import budgeted_microbatches, pass_budget
+from heeler.ppo.minibatches import PassBudget, budgeted_microbatches, pass_budget
 from heeler.ppo.schedules import Schedule
 from heeler.runtime import machine
 from heeler.runtime.configs import to_json
@@ -208,28 +208,33 @@ def reward_gradients(
     items: Sequence[int],
     rows: Sequence[list[int]],
     config: RewardConfig,
+    passes: PassBudget,
     computing: AbstractContextManager[Any],
 ) -> float:
-    """Add the gradient of the mean loss of `items`, whose token rows lie in `rows` in their order; returns the loss.
+    """The gradient of the mean loss of `items`, whose token rows lie in `rows` in their order; returns the loss.
 
     Items of similar length share a forward pass (under `computing`), so that little is padded; the denominator belongs
     to all of them, so the passes do not change the gradient.
     """
     of_item = len(rows) // len(items)  # 1, or the 2 sides of a pair
     costs = [of_item * max(map(len, rows[k : k + of_item])) for k in range(0, len(rows), of_item)]
-    budget = pass_budget(config.token_budget, model.device)
-    total = 0.0
-    for part in budgeted_microbatches(torch.arange(len(items)), torch.tensor(costs), budget):
-        chosen = part.tolist()
-        ids = [rows[k] for i in chosen for k in range(of_item * i, of_item * (i + 1))]
-        batch = data.texts.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(model.device)
-        with computing:
-            logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
-        loss = data.loss([items[i] for i in chosen], logits[:, 0].float(), config) * (len(chosen) / len(items))
-        if math.isfinite(loss.item()):
-            loss.backward()
-        total += loss.item()
-    return total
+
+    def run(parts: Sequence[Tensor]) -> float:
+        model.zero_grad(set_to_none=True)
+        total = 0.0
+        for part in parts:
+            chosen = part.tolist()
+            ids = [rows[k] for i in chosen for k in range(of_item * i, of_item * (i + 1))]
+            batch = data.texts.tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(model.device)
+            with computing:
+                logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            loss = data.loss([items[i] for i in chosen], logits[:, 0].float(), config) * (len(chosen) / len(items))
+            if math.isfinite(loss.item()):
+                loss.backward()
+            total += loss.item()
+        return total
+
+    return passes.fit(partial(budgeted_microbatches, torch.arange(len(items)), torch.tensor(costs)), run)
 
 
 @torch.no_grad()
@@ -304,11 +309,12 @@ def calibration_error(probabilities: Tensor, outcomes: Tensor, bins: int = 10) -
 
 @dataclass(kw_only=True)
 class _Training:
-    """What training changes; all of it is kept when it is interrupted.
+    """What training changes, kept when it is interrupted.
 
     Attributes:
         model, optimizer: of the classifier.
         rng: of the order and the crops.
+        passes: tokens of a forward and backward pass; not kept, since they are the machine's.
         order: items of this pass over the data that are still to come.
         done, step, seconds: tokens, optimiser steps and time so far.
         recent: the last losses, for the progress bar.
@@ -317,6 +323,7 @@ class _Training:
     model: Any
     optimizer: torch.optim.Optimizer
     rng: random.Random
+    passes: PassBudget
     order: list[int] = field(default_factory=list[int])
     done: int = 0
     step: int = 0
@@ -427,7 +434,8 @@ def train_reward_model(
         weight_decay=0.01,
         fused=machine.fused_adam(str(device)),
     )
-    training = _Training(model=model, optimizer=optimizer, rng=random.Random(config.seed))
+    passes = PassBudget(pass_budget(config.token_budget, device), "--token-budget")
+    training = _Training(model=model, optimizer=optimizer, rng=random.Random(config.seed), passes=passes)
     total = config.tokens or max(1, round(config.epochs * train.num_tokens))
     if state is not None:
         training.load(state)
@@ -525,8 +533,7 @@ def _step(
         training.order += more
     items, training.order = training.order[: config.batch_size], training.order[config.batch_size :]
     rows = train.draw(items, config, training.rng)
-    training.optimizer.zero_grad(set_to_none=True)
-    loss = reward_gradients(training.model, train, items, rows, config, computing)
+    loss = reward_gradients(training.model, train, items, rows, config, training.passes, computing)
     if not math.isfinite(loss):
         raise CheckFailed(f"the reward model's loss became {loss} at step {training.step + 1}: lower its learning rate")
     torch.nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)

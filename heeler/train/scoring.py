@@ -62,23 +62,25 @@ def make_score(run: TextRun) -> Callable[[Rollout, TrainState], tuple[ScoredRoll
         values, after = torch.empty_like(old), torch.zeros_like(scores)
         shares = policy.shares_prompts and not bootstrapping  # values after the end want rows of their own
         neighbours = inputs.neighbours if shares else None
-        for items in budgeted_microbatches(
-            torch.arange(len(inputs.lengths)),
-            inputs.costs.cpu(),
-            config.ppo.budget(device),
-            None if neighbours is None else (neighbours[0].cpu(), neighbours[1].cpu()),
-        ):
-            items = items.to(device)
-            indices = decision_indices(items, inputs.decision_counts)
-            said, ref_logprobs, last = policy.score(
-                inputs.select(items),
-                last_values=bootstrapping,
-                known=rollout.behavior_logprobs[indices] if run.trusts_engine else None,
-                final_states=None if rollout.final_states is None else rollout.final_states[indices],
-            )
-            old[indices], values[indices], ref[indices] = said.logprobs, said.values, ref_logprobs
-            after[items] = last
 
+        def split(tokens: int) -> Sequence[torch.Tensor]:
+            shared = None if neighbours is None else (neighbours[0].cpu(), neighbours[1].cpu())
+            return budgeted_microbatches(torch.arange(len(inputs.lengths)), inputs.costs.cpu(), tokens, shared)
+
+        def read(passes: Sequence[torch.Tensor]) -> None:
+            for items in passes:
+                items = items.to(device)
+                indices = decision_indices(items, inputs.decision_counts)
+                said, ref_logprobs, last = policy.score(
+                    inputs.select(items),
+                    last_values=bootstrapping,
+                    known=rollout.behavior_logprobs[indices] if run.trusts_engine else None,
+                    final_states=None if rollout.final_states is None else rollout.final_states[indices],
+                )
+                old[indices], values[indices], ref[indices] = said.logprobs, said.values, ref_logprobs
+                after[items] = last
+
+        state.passes.fit(split, read)
         behavior = rollout.behavior_logprobs
         gaps = [] if run.trusts_engine else [behavior - old]
         if run.trusts_engine or inputs.trunk_states is not None:  # which are the engine's too

@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,7 +27,7 @@ from heeler.policies import loading
 from heeler.policies.inputs import TokenInputs
 from heeler.policies.language_model import Full, LanguageModelPolicy, LoRA, TopLayers, ValueHead
 from heeler.policies.seq2seq import Seq2SeqPolicy
-from heeler.ppo.minibatches import budgeted_microbatches, pass_budget
+from heeler.ppo.minibatches import PassBudget, budgeted_microbatches, pass_budget
 from heeler.ppo.schedules import Schedule
 from heeler.rollout.engines.draws import draw_seed
 from heeler.rollout.engines.native import native_engine
@@ -119,6 +120,7 @@ class SFTRun:
     Attributes:
         train, held_out: tokenised examples.
         step: optimiser steps done.
+        passes: tokens of one forward pass; with `--pack` those of a row, whose mask grows with their square.
         best: step, held-out loss and weights of the best evaluation so far; None before the first.
     """
 
@@ -130,6 +132,7 @@ class SFTRun:
     held_out: Sequence[Example]
     eos_ids: list[int]
     notes: list[str]
+    passes: PassBudget
     folder: RunFolder | None = None
     step: int = 0
     tokens: int = 0
@@ -142,13 +145,6 @@ class SFTRun:
         """Optimiser steps of the whole run."""
         config = self.config
         return config.updates or max(1, round(config.epochs * len(self.train) / config.examples_per_update))
-
-    @property
-    def token_budget(self) -> int:
-        """Tokens of one forward pass; with `--pack` those of a row, whose mask grows with their square."""
-        if self.config.pack and self.config.token_budget is None:
-            return PACKED_ROW
-        return pass_budget(self.config.token_budget, self.policy.device)
 
     def batch(self, step: int) -> list[Example]:
         """The examples of optimiser step `step`: a walk through seeded shuffles, a pure function of the step."""
@@ -254,6 +250,10 @@ def build_sft_run(
         config.optimizer, [{"params": group["params"], "lr": config.lr}], policy.networks(), device=device,
         betas=config.adam_betas, weight_decay=config.weight_decay,
     )  # fmt: skip
+    tokens = (
+        PACKED_ROW if config.pack and config.token_budget is None else pass_budget(config.token_budget, policy.device)
+    )
+    passes = PassBudget(tokens, "--token-budget")
     targets = sum(sum(e.is_target) for e in train)
     notes = [
         f"{device}, {machine.say_threads()}, {why}",
@@ -262,34 +262,46 @@ def build_sft_run(
     ]
     return SFTRun(
         config=config, tokenizer=tokenizer, policy=policy, optimizer=optimizer, train=train, held_out=held_out,
-        eos_ids=loading.end_of_sequence_ids(model, tokenizer), notes=notes,
+        eos_ids=loading.end_of_sequence_ids(model, tokenizer), notes=notes, passes=passes,
     )  # fmt: skip
 
 
-def sft_gradients(policy: LanguageModelPolicy, inputs: TokenInputs, token_budget: int, pack: bool) -> tuple[float, int]:
-    """Add the gradient of the mean negative log-likelihood (nats a target token); returns it and the target count.
+def sft_gradients(
+    policy: LanguageModelPolicy, inputs: TokenInputs, passes: PassBudget, pack: bool
+) -> tuple[float, int]:
+    """The gradient of the mean negative log-likelihood (nats a target token); returns it and the target count.
 
     The denominator belongs to the whole batch, so micro-batching does not change the gradient.
     """
     count = int(inputs.is_decision.sum())
-    total = 0.0
-    for items in budgeted_microbatches(torch.arange(len(inputs.lengths)), inputs.costs.cpu(), token_budget):
-        part = inputs.select(items.to(inputs.lengths.device))
-        loss = -policy.evaluate(part, token_budget if pack else None).logprobs.sum() / count
-        if math.isfinite(loss.item()):
-            loss.backward()
-        total += loss.item()
-    return total, count
+
+    def run(parts: Sequence[Tensor]) -> float:
+        policy.model.zero_grad(set_to_none=True)
+        total = 0.0
+        for items in parts:
+            part = inputs.select(items.to(inputs.lengths.device))
+            loss = -policy.evaluate(part, passes.tokens if pack else None).logprobs.sum() / count
+            if math.isfinite(loss.item()):
+                loss.backward()
+            total += loss.item()
+        return total
+
+    return passes.fit(partial(budgeted_microbatches, torch.arange(len(inputs.lengths)), inputs.costs.cpu()), run), count
 
 
 @torch.no_grad()
-def held_out_figures(policy: LanguageModelPolicy, examples: Sequence[Example], token_budget: int) -> dict[str, float]:
+def held_out_figures(policy: LanguageModelPolicy, examples: Sequence[Example], passes: PassBudget) -> dict[str, float]:
     """`loss` (nats a target token), `perplexity`, and `tokens` it was measured on."""
-    total, count = 0.0, 0
     inputs = as_inputs(examples, policy.device)
-    for items in budgeted_microbatches(torch.arange(len(examples)), inputs.costs.cpu(), token_budget):
-        logprobs = policy.evaluate(inputs.select(items.to(policy.device))).logprobs
-        total, count = total - float(logprobs.double().sum()), count + len(logprobs)
+
+    def read(parts: Sequence[Tensor]) -> tuple[float, int]:
+        total, count = 0.0, 0
+        for items in parts:
+            logprobs = policy.evaluate(inputs.select(items.to(policy.device))).logprobs
+            total, count = total - float(logprobs.double().sum()), count + len(logprobs)
+        return total, count
+
+    total, count = passes.fit(partial(budgeted_microbatches, torch.arange(len(examples)), inputs.costs.cpu()), read)
     loss = total / count
     return {"loss": loss, "perplexity": math.exp(min(loss, 50.0)), "tokens": float(count)}
 
@@ -382,7 +394,7 @@ def _advance(run: SFTRun, on_update: Callable[[dict[str, float]], None] | None, 
     for note in run.notes:
         say(note, show)
     if run.step == 0 and run.held_out:
-        run.summary["eval/before"] = held_out_figures(run.policy, run.held_out, run.token_budget)
+        run.summary["eval/before"] = held_out_figures(run.policy, run.held_out, run.passes)
         say(f"held out before: {_describe(run.summary['eval/before'])}", show)
     bar = progress(run.total, "SFT", "update", done=run.step, show=show)
     with interruptible() as interrupted:
@@ -414,8 +426,7 @@ def _update(run: SFTRun) -> dict[str, float]:
     for group in run.optimizer.param_groups:
         group["lr"] = config.lr * factor
     inputs = as_inputs(run.batch(run.step), run.policy.device)
-    run.optimizer.zero_grad(set_to_none=True)
-    loss, targets = sft_gradients(run.policy, inputs, run.token_budget, config.pack)
+    loss, targets = sft_gradients(run.policy, inputs, run.passes, config.pack)
     if not math.isfinite(loss):
         raise CheckFailed(
             f"the loss became {loss} at update {run.step + 1}: lower the learning rate, or look for NaN in the model's"
@@ -433,7 +444,7 @@ def _update(run: SFTRun) -> dict[str, float]:
 
 
 def _keep_if_best(run: SFTRun) -> dict[str, float]:
-    figures = held_out_figures(run.policy, run.held_out, run.token_budget)
+    figures = held_out_figures(run.policy, run.held_out, run.passes)
     if run.best is None or figures["loss"] < run.best["loss"]:
         run.best = {"step": run.step, "loss": figures["loss"], "weights": run.weights()}
     return figures
@@ -448,7 +459,7 @@ def _finish(run: SFTRun, show: bool) -> None:
         if run.best["step"] != run.step:
             say(f"update {run.best['step']} had the lowest held-out loss: its weights are exported", show)
             run.load_weights(run.best["weights"])
-            figures = held_out_figures(run.policy, run.held_out, run.token_budget)
+            figures = held_out_figures(run.policy, run.held_out, run.passes)
         run.summary["eval/after"] = figures
         run.summary["best"] = {"step": run.best["step"], "loss": run.best["loss"]}
         say(f"held out after: {_describe(figures)}", show)

@@ -22,6 +22,7 @@ from heeler.policies.seq2seq import Seq2SeqPolicy
 from heeler.policies.token_masks import AllTokens, TokenMask, token_bias
 from heeler.ppo.advantages import AdvantageConfig
 from heeler.ppo.kl import FixedKL, KLConfig, KLEstimator
+from heeler.ppo.minibatches import PassBudget
 from heeler.ppo.moments import RunningMoments
 from heeler.ppo.schedules import Schedule
 from heeler.ppo.shaping import ScoreShaping, Truncation
@@ -276,7 +277,7 @@ class TextRun(Run):
             rollout = self.rollout(self.eval_prompts, seeds)
             evaluation = evaluate_text(
                 self.policy, rollout, self.samples_of(rollout), self.judge(rollout), self.judges,
-                texts=self.texts_of(rollout), token_budget=self.config.ppo.budget(self.policy.device),
+                texts=self.texts_of(rollout), passes=self.state.passes,
                 engine_logprobs=rollout.behavior_logprobs if self.trusts_engine else None,
             )  # fmt: skip
             evaluation.figures.update({k: float(x.float().mean()) for k, x in self.episode_figures(rollout).items()})
@@ -414,6 +415,7 @@ def build_text_run(
         policy=policy,
         optimizer=optimizer,
         generator=torch.Generator().manual_seed(config.seed),
+        passes=PassBudget(config.ppo.budget(policy.device)),
         kl_coef=config.kl.coef,
     )
     trained = sum(p.numel() for p in groups[0]["params"])

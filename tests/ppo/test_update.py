@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from heeler.ppo.losses import value_loss
+from heeler.ppo.minibatches import PassBudget
 from heeler.ppo.update import PPOConfig, update
 from heeler.runtime.reduce import LocalReduce
 from heeler.types import CheckFailed, HeelerError, PolicyOutput
@@ -45,6 +46,44 @@ def test_micro_batches_change_nothing(budget):
     assert len(parts.evaluated) > len(whole.evaluated) == 6
     same(flat(parts), flat(whole))
     assert parts_metrics == pytest.approx(whole_metrics, rel=1e-9)
+
+
+class SmallMemory(TablePolicy):
+    """Fails like a GPU where a pass has more sequences than `room`, with half of its gradient added."""
+
+    room = 2
+
+    def evaluate(self, inputs):
+        if len(inputs.names) > self.room:
+            self.logits.grad = torch.ones_like(self.logits)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return super().evaluate(inputs)
+
+
+def test_passes_that_do_not_fit_are_made_smaller_and_nothing_counts_twice(capsys):
+    policy, batch = policy_and_batch()
+    small = SmallMemory()
+    small.load_state_dict(policy.state_dict())
+    config = replace(EVERYTHING, minibatches=2, token_budget=64)
+    expected, expected_metrics = updated(policy, batch, config)
+    budget = PassBudget(64)
+    found, metrics = updated(small, batch, config, budget=budget)
+    same(flat(found), flat(expected))
+    assert metrics == pytest.approx(expected_metrics, rel=1e-9)
+    assert budget.tokens < 10 and all(len(names) <= 2 for names in found.evaluated)
+    assert f"from now on passes have {budget.tokens}" in capsys.readouterr().out
+    before = budget.tokens
+    updated(small, batch, config, budget=budget)
+    assert budget.tokens == before and capsys.readouterr().out == ""  # it is not tried again
+
+
+def test_a_sequence_that_does_not_fit_alone_is_said():
+    policy, batch = policy_and_batch()
+    small = SmallMemory()
+    small.load_state_dict(policy.state_dict())
+    small.room = 0
+    with pytest.raises(HeelerError, match=r"one sequence alone does not fit .*\(CUDA out of memory\)"):
+        updated(small, batch, EVERYTHING)
 
 
 def test_a_refreshed_batch_is_what_the_later_epochs_learn():

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from heeler.ppo.minibatches import PassBudget
 from heeler.ppo.update import PPOConfig, update
 from heeler.runtime.reduce import LocalReduce
 from heeler.types import PolicyOutput, Reduce, TrainBatch
@@ -120,6 +121,7 @@ def updated(
     seed: int = 0,
     reduce: Reduce | None = None,
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
+    budget: PassBudget | None = None,
 ) -> tuple[TablePolicy, dict[str, float]]:
     """A copy of the policy after one update, and the metrics."""
     policy = copy.deepcopy(policy)
@@ -130,6 +132,7 @@ def updated(
         config,
         generator=torch.Generator().manual_seed(seed),
         reduce=reduce or LocalReduce(),
+        budget=budget,
     )
     return policy, metrics
 

@@ -21,6 +21,7 @@ from heeler.policies import loading
 from heeler.policies.inputs import TokenInputs
 from heeler.policies.language_model import LanguageModelPolicy, SeparateCritic, TopLayers
 from heeler.policies.loading import load_causal_lm, load_tokenizer
+from heeler.ppo.minibatches import PassBudget
 from heeler.rewards.classifier import ClassifierReward
 from heeler.rewards.specs import load_reward
 from heeler.runtime import machine
@@ -138,7 +139,7 @@ def test_passes_do_not_change_the_gradient(encoder: str, kind: str) -> None:
     for budget, least in ((1, 5), (24, 2), (10_000, 1)):
         passes = 0
         model.zero_grad()
-        loss = reward_gradients(model, data, items, rows, replace(config, token_budget=budget), nullcontext())
+        loss = reward_gradients(model, data, items, rows, config, PassBudget(budget), nullcontext())
         assert loss == pytest.approx(expected.item(), abs=1e-6)
         assert (passes == least) if budget != 24 else least <= passes < 5
         for parameter, gradient in zip(model.parameters(), gradients, strict=True):

@@ -15,6 +15,7 @@ from heeler import Full, HeelerError, LoRA, SFTConfig, TopLayers, resume_sft, tr
 from heeler.data.examples import load_examples
 from heeler.policies.language_model import LanguageModelPolicy, ValueHead
 from heeler.policies.loading import load_causal_lm, load_tokenizer
+from heeler.ppo.minibatches import PassBudget
 from heeler.ppo.schedules import Schedule
 from heeler.train.sft import as_inputs, build_sft_run, held_out_figures, sft_gradients
 from tests.runs import numbers, small
@@ -47,7 +48,32 @@ def plain_loss(model: Any, tokenizer: Any) -> torch.Tensor:
 @pytest.mark.parametrize(("given", "pack", "budget"), [(None, False, 1024), (None, True, 4096), (99, True, 99)])
 def test_the_token_budget(tiny_llama: str, tmp_path: Path, given: int | None, pack: bool, budget: int) -> None:
     config = config_of(tiny_llama, tmp_path / "run", token_budget=given, pack=pack)
-    assert build_sft_run(config, data=ROWS).token_budget == budget
+    assert build_sft_run(config, data=ROWS).passes.tokens == budget
+
+
+def test_passes_that_do_not_fit_are_made_smaller(tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = LanguageModelPolicy(load_causal_lm(tiny_llama), trainable=Full(), critic=ValueHead())
+    inputs = as_inputs(load_examples(ROWS, load_tokenizer(tiny_llama), max_tokens=64), policy.device)
+
+    def gradients(passes: PassBudget) -> list[Any]:
+        loss, _ = sft_gradients(policy, inputs, passes, pack=False)
+        return [loss, *(p.grad.clone() for p in policy.model.parameters() if p.grad is not None)]
+
+    expected, whole = gradients(PassBudget(4096)), LanguageModelPolicy.evaluate
+
+    def small_memory(self: Any, part: Any, pack_tokens: int | None = None) -> Any:
+        output = whole(self, part, pack_tokens)
+        if len(part.lengths) > 1:
+            output.logprobs.sum().backward()  # half of a backward pass
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return output
+
+    monkeypatch.setattr(LanguageModelPolicy, "evaluate", small_memory)
+    passes = PassBudget(4096, "--token-budget")
+    found = gradients(passes)
+    assert passes.tokens < 40 and found[0] == pytest.approx(expected[0], rel=1e-6)
+    for a, b in zip(found[1:], expected[1:], strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("pack", [False, True])
@@ -56,7 +82,7 @@ def test_the_gradient_is_that_of_cross_entropy_on_completions(tiny_llama: str, p
     tokenizer, model = load_tokenizer(tiny_llama), load_causal_lm(tiny_llama)
     policy = LanguageModelPolicy(model, trainable=TopLayers(layers=2), critic=ValueHead())
     inputs = as_inputs(load_examples(ROWS, tokenizer, max_tokens=64), policy.device)
-    loss, targets = sft_gradients(policy, inputs, token_budget, pack)
+    loss, targets = sft_gradients(policy, inputs, PassBudget(token_budget), pack)
     parameters = [p for p in model.parameters() if p.requires_grad]
     mine = [p.grad.clone() for p in parameters if p.grad is not None]
     plain = plain_loss(model, tokenizer)
@@ -102,7 +128,7 @@ def test_the_best_weights_are_exported(tiny_llama: str, tmp_path: Path) -> None:
     losses = [row["eval/loss"] for row in numbers(tmp_path / "run")]
     assert run.best is not None and run.best["step"] == 1 + losses.index(min(losses)) < 30
     fresh = LanguageModelPolicy(load_causal_lm(str(tmp_path / "run")), trainable=Full(), critic=ValueHead())
-    exported = held_out_figures(fresh, run.held_out, 4096)["loss"]
+    exported = held_out_figures(fresh, run.held_out, PassBudget(4096))["loss"]
     assert exported == pytest.approx(min(losses), rel=1e-4) == pytest.approx(run.summary["eval/after"]["loss"])
 
 

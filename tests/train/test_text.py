@@ -148,6 +148,33 @@ def test_the_token_budget_does_not_change_a_run(tiny_llama: str, tmp_path: Path)
             assert b[key] == pytest.approx(value, rel=1e-2, abs=1e-3), key
 
 
+def test_a_run_finds_the_passes_that_fit_its_memory(
+    tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Scoring, evaluation and update on a device that holds 40 tokens: the numbers of a run that was told so."""
+    options: dict[str, Any] = {"updates": 2, "old_logprobs": "trainer", "share_prompts": False}
+    for name in ("told", "found"):
+        budget = 30 if name == "told" else 10_000
+        ppo = PPOConfig(epochs=2, minibatches=2, token_budget=budget)
+        if name == "found":
+            for method in ("evaluate", "score"):
+                whole = getattr(LanguageModelPolicy, method)
+
+                def small_memory(self: Any, inputs: Any, *args: Any, whole: Any = whole, **options: Any) -> Any:
+                    if int(inputs.costs.max()) * len(inputs.costs) > 40:
+                        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+                    return whole(self, inputs, *args, **options)
+
+                monkeypatch.setattr(LanguageModelPolicy, method, small_memory)
+        config = small(tiny_llama, tmp_path / name, ppo=ppo, **options)
+        run = train_text(config, prompts=PROMPTS, eval_prompts=PROMPTS, reward=vowels, show=False)
+    assert run.state.passes.tokens <= 40  # pyright: ignore[reportPossiblyUnboundVariable]
+    assert "did not fit into the device's memory: from now on passes have" in capsys.readouterr().out
+    for a, b in zip(numbers(tmp_path / "told"), numbers(tmp_path / "found"), strict=True):
+        for key, value in a.items():
+            assert b[key] == pytest.approx(value, rel=1e-2, abs=1e-3), key
+
+
 def test_passes_are_small_on_a_cpu_unless_the_user_says_so() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert PPOConfig().budget(cpu) < PPOConfig().budget(gpu)
