@@ -4,7 +4,8 @@
 
 Each run is one `heeler ppo RECIPE --seed S --threads 1`, as many side by side as there are cores. Runs that are
 complete are not repeated, so the command can be continued; a run of other settings than the recipe's is refused, unless
-`--extra` says what they are. Curves of complete runs are kept in docs/data/control.json
+`--extra` says what they are. `--unfinished pong` also collects Pong's runs that were stopped before their last step;
+they have a table of their own, as their schedules are not at their end. Curves are kept in docs/data/control.json
 (100 points each), so that the page can be made again without the runs.
 """
 
@@ -68,22 +69,28 @@ def train(recipe: str, seed: int, folder: Path, extra: list[str]) -> None:
 
 
 def read(recipe: str, folder: Path) -> dict[str, Any]:
-    """One run as the data file keeps it."""
+    """One run as the data file keeps it; one that was stopped before its last step has no `after`."""
     summary = json.loads((folder / "summary.json").read_text())
     config = json.loads((folder / "config.json").read_text())
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     points = [(r["decisions"], r["episode/return_100"]) for r in rows if r["episode/return_100"] is not None]
     points = points[:: max(1, len(points) // 100)]
-    return {
+    run = {
         "recipe": recipe,
         "seed": config["config"]["seed"],
-        "steps": summary["decisions"],
+        "steps": rows[-1]["decisions"],
         "before": summary["eval/before"]["reward"],
-        "after": summary["eval/after"]["reward"],
-        "after_std": summary["eval/after"]["reward/std"],
-        "episodes": summary["eval/after"]["episodes"],
         "curve": [[s, round(v, 3)] for s, v in points],
     }
+    if complete(folder):
+        after = summary["eval/after"]
+        return {**run, "after": after["reward"], "after_std": after["reward/std"], "episodes": after["episodes"]}
+    planned = config["config"]["steps"]
+    return {**run, "planned": planned, "last": rows[-1]["episode/return_100"], "hours": rows[-1]["seconds"] / 3600}
+
+
+def complete(folder: Path) -> bool:
+    return (folder / "policy").exists() and "eval/after" in (folder / "summary.json").read_text()
 
 
 def apart(recipe: str, folder: Path) -> list[str]:
@@ -124,7 +131,7 @@ def table(runs: list[dict[str, Any]]) -> list[str]:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for recipe, (title, goal, source) in GOALS.items():
-        mine = sorted((r for r in runs if r["recipe"] == recipe), key=lambda r: r["seed"])
+        mine = sorted((r for r in runs if r["recipe"] == recipe and "after" in r), key=lambda r: r["seed"])
         if not mine:
             continue
         after = [r["after"] for r in mine]
@@ -138,6 +145,19 @@ def table(runs: list[dict[str, Any]]) -> list[str]:
             f" {goal:g} | {source} | {mean(r['before'] for r in mine):.1f} |"
         )
     return lines
+
+
+def unfinished_table(runs: list[dict[str, Any]]) -> list[str]:
+    lines = [
+        "| recipe | seed | steps so far, of | hours | return of the last 100 episodes, actions drawn | before | asked"
+        " of the whole | by |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    return lines + [
+        f"| `{r['recipe']}` | {r['seed']} | {r['steps'] / 1e6:.1f}M of {r['planned'] / 1e6:.1f}M | {r['hours']:.1f} |"
+        f" **{r['last']:.1f}** | {r['before']:.1f} | {GOALS[r['recipe']][1]:g} | {GOALS[r['recipe']][2]} |"
+        for r in runs
+    ]
 
 
 def picture(runs: list[dict[str, Any]], file: Path) -> None:
@@ -180,6 +200,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "control")
     parser.add_argument("--parallel", type=int, default=2)
     parser.add_argument("--collect-only", action="store_true")
+    parser.add_argument("--unfinished", nargs="*", default=[], help="recipes whose stopped runs are collected too")
     parser.add_argument("--extra", nargs="*", default=[], help="further flags of heeler ppo")
     arguments = parser.parse_args()
     if not arguments.collect_only:
@@ -191,7 +212,7 @@ def main() -> None:
     known = {(r["recipe"], r["seed"]): r for r in kept["runs"]}
     for folder in sorted(arguments.runs.glob("*-*")):
         recipe = folder.name.rpartition("-")[0]
-        if recipe in GOALS and (folder / "policy").exists() and "eval/after" in (folder / "summary.json").read_text():
+        if recipe in GOALS and folder.is_dir() and (complete(folder) or recipe in arguments.unfinished):
             if (other := apart(recipe, folder)) and not arguments.extra:
                 sys.exit(f"{folder} is no run of the recipe as it is now ({'; '.join(other)}): move it away")
             run = read(recipe, folder)
@@ -200,7 +221,8 @@ def main() -> None:
     DATA.parent.mkdir(parents=True, exist_ok=True)
     rows = ",\n".join(json.dumps(r) for r in runs)
     DATA.write_text(f'{{"runs": [\n{rows}\n]}}\n')
-    if not runs:
+    finished, stopped = [r for r in runs if "after" in r], [r for r in runs if "after" not in r]
+    if not finished:
         sys.exit("no complete run yet")
     picture(runs, ROOT / "docs" / "images" / "control_curves.png")
     lines = [
@@ -208,12 +230,13 @@ def main() -> None:
         "",
         "Made by `python benchmarks/control_results.py`. Each run had one thread, two or three side by side.",
         "Hardware, and how many runs it made: " + machines(runs) + ".",
-        f"Returns are raw and undiscounted, of the most likely actions, over {runs[0]['episodes']:.0f} episodes of",
+        f"Returns are raw and undiscounted, of the most likely actions, over {finished[0]['episodes']:.0f} episodes of",
         "the last policy (not the best one of the run), observation statistics frozen. In brackets 95 % bootstrap",
         "intervals over seeds. What is asked was measured by others, on older versions of some environments.",
         "",
-        *table(runs),
+        *table(finished),
         "",
+        *(["Stopped before their last step:", "", *unfinished_table(stopped), ""] if stopped else []),
         "![Returns over the steps, a line a seed](images/control_curves.png)",
         "",
     ]

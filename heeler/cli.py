@@ -383,12 +383,14 @@ def _eval_gym(path: str, chosen: Eval) -> int:
     from pathlib import Path
 
     from heeler.runtime.runs import write_json
-    from heeler.train.control import load_actor_critic, load_policy
+    from heeler.train.control import last_update, load_actor_critic, load_policy
     from heeler.train.evaluate_control import evaluate_policy, record_video
 
     if chosen.episodes < 1:
         raise HeelerError(f"--episodes must be at least 1, not {chosen.episodes}")
     policy, config = load_actor_critic(path)
+    if (step := last_update(path)) is not None:
+        print(f"{path} was stopped after update {step} of {config.updates}: its last checkpoint plays")
     deterministic = config.eval_deterministic and not chosen.sample
     figures = evaluate_policy(
         policy, config.env, episodes=chosen.episodes, deterministic=deterministic, seed=chosen.seed, show=True
@@ -423,10 +425,12 @@ def _export(words: list[str]) -> int:
     chosen = _parse(Export, rest, "heeler export RUN")
     if _verb(path) != "ppo gym":
         raise HeelerError(f"{path} is a language model: its folder policy/ is the export; optimum makes ONNX of it")
-    from heeler.train.control import load_actor_critic
+    from heeler.train.control import last_update, load_actor_critic
     from heeler.train.onnx import export_onnx
 
-    policy, _ = load_actor_critic(path)
+    policy, config = load_actor_critic(path)
+    if (step := last_update(path)) is not None:
+        print(f"{path} was stopped after update {step} of {config.updates}: its last checkpoint is exported")
     figures = export_onnx(policy, chosen.onnx, masked=chosen.masked)
     print(
         f"{chosen.onnx}: checked with onnxruntime on random observations, parameters differ by"

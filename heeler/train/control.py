@@ -457,32 +457,53 @@ def export_policy(policy: ActorCritic, config: GymConfig, folder: Path) -> None:
     )
 
 
-def policy_folder(path: str | Path) -> Path:
-    """The exported policy of a run (the best one where the run kept one), or `path` itself."""
+def policy_folder(path: str | Path) -> Path | None:
+    """The exported policy of a run (the best one where it kept one), or `path` itself; None where there is none."""
     path = Path(path)
-    for folder in (path / "best" / "policy", path / "policy", path):
-        if (folder / "policy.json").is_file():
-            return folder
-    raise HeelerError(f"{path} holds no exported policy of an environment: is it a finished run of heeler ppo gym?")
+    folders = (path / "best" / "policy", path / "policy", path)
+    return next((folder for folder in folders if (folder / "policy.json").is_file()), None)
+
+
+def last_update(path: str | Path) -> int | None:
+    """The update whose checkpoint stands for the policy of a run that has exported none; None where it has one."""
+    if policy_folder(path) is not None:
+        return None
+    path = Path(path)
+    step = RunFolder(path).last_checkpoint() if (path / "config.json").is_file() else None
+    if step is None:
+        raise HeelerError(f"{path} holds neither a policy nor a checkpoint: is it a run of heeler ppo gym?")
+    return step
 
 
 def load_actor_critic(path: str | Path) -> tuple[ActorCritic, GymConfig]:
-    """The networks of a run's exported policy, and the run's config."""
-    folder = policy_folder(path)
-    saved = read_json(folder / "policy.json")
-    config: GymConfig = from_json(GymConfig, saved["config"], str(folder / "policy.json"))
-    policy = new_actor_critic(
-        from_json(ObservationSpec, saved["observations"]), from_json(ActionSpec, saved["actions"]), config
-    )
-    policy.load_state_dict(torch.load(folder / "weights.pt", map_location="cpu", weights_only=True))
+    """The networks of a run and its config: the exported policy, or the last checkpoint where it was stopped before."""
+    step = last_update(path)
+    if step is not None:
+        folder = RunFolder.open(path)
+        config: GymConfig = from_json(GymConfig, folder.read_config()["config"], str(folder.path / "config.json"))
+        env = make_vector(config.env, config.seed)
+        env.close()
+        policy = new_actor_critic(env.observations, env.actions, config)
+        weights = folder.load_checkpoint(step)["weights"]
+    else:
+        exported = policy_folder(path)
+        assert exported is not None
+        saved = read_json(exported / "policy.json")
+        config = from_json(GymConfig, saved["config"], str(exported / "policy.json"))
+        policy = new_actor_critic(
+            from_json(ObservationSpec, saved["observations"]), from_json(ActionSpec, saved["actions"]), config
+        )
+        weights = torch.load(exported / "weights.pt", map_location="cpu", weights_only=True)
+    policy.load_state_dict(weights)
     return policy.eval(), config
 
 
 def load_policy(path: str | Path, *, deterministic: bool = True, seed: int = 0) -> GymPolicy:
-    """The policy of a finished run, ready to act on the environment's own observations.
+    """The policy of a run, ready to act on the environment's own observations.
 
     Args:
-        path: a run folder (its best policy is taken where it kept one) or an exported policy.
+        path: a run folder (its best policy is taken where it kept one, its last checkpoint where it was stopped before
+            it exported any) or an exported policy.
         deterministic: take the most likely action; draw where False.
         seed: of the draws.
     """

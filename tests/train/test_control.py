@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +22,7 @@ from heeler.runtime.reduce import LocalReduce
 from heeler.train.control import (
     GymConfig,
     build_gym_run,
+    last_update,
     load_actor_critic,
     load_policy,
     make_score,
@@ -336,6 +338,25 @@ def test_a_loaded_policy_acts_as_the_run_did(id, changes, tmp_path):
             observation, _ = env.reset()
             policy.reset()
             state = None
+
+
+def test_a_run_that_was_stopped_acts_by_its_last_checkpoint(tmp_path, capsys):
+    """One that was killed has a checkpoint, and neither policy/ nor a last evaluation."""
+    run = train("Pendulum-v1", tmp_path, updates=2, normalize_observations=True)
+    assert last_update(tmp_path / "run") is None
+    shutil.rmtree(tmp_path / "run" / "policy")
+    assert last_update(tmp_path / "run") == 2
+    assert main(["eval", str(tmp_path / "run"), "--episodes", "1"]) == 0
+    assert "was stopped after update 2 of 2: its last checkpoint plays" in capsys.readouterr().out
+    loaded, _ = load_actor_critic(tmp_path / "run")
+    for name, value in run.policy.state_dict().items():
+        torch.testing.assert_close(loaded.state_dict()[name], value, rtol=0, atol=0)
+    observation = np.full(3, 0.3, np.float32)
+    expected, _ = run.policy.predict(load_policy(tmp_path / "run").reader.read(observation[None]), None, masks=None)
+    np.testing.assert_allclose(load_policy(tmp_path / "run").predict(observation), np.clip(expected[0], -2, 2))
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(HeelerError, match="holds neither a policy nor a checkpoint"):
+        load_policy(tmp_path / "run")
 
 
 def test_an_observation_of_another_shape_is_refused(tmp_path):
