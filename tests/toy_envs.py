@@ -30,6 +30,15 @@ class OneState(gym.Env):
         return np.ones(1, np.float32), 1.0, over and self.terminates, over and not self.terminates, {}
 
 
+class Still(OneState):
+    """One state, two continuous actions that change nothing, episodes longer than any test."""
+
+    action_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
+
+    def __init__(self) -> None:
+        super().__init__(limit=10_000)
+
+
 class Counter(gym.Env):
     """Observations are (episode, step within it); episode k lasts `lengths[k % len]` steps and pays 100 k + step."""
 

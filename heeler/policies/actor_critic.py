@@ -5,17 +5,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from heeler.policies.distributions import draw, logprobs_and_entropy
+from heeler.policies.distributions import (
+    Exploration,
+    FeatureNoise,
+    Independent,
+    StateDependent,
+    draw,
+    draw_noise,
+    logprobs_and_entropy,
+)
 from heeler.policies.fused import FusedMLP, fuse
 from heeler.policies.networks import Body, Network, build_encoder, orthogonal
 from heeler.policies.steps import Observed, Segments, Steps, count, pick
 from heeler.types import ActionSpec, HeelerError, ObservationSpec, PolicyOutput
+
+SMALLEST_VARIANCE = 1e-6  # of gSDE, where every feature is 0
 
 
 class Normalizer(nn.Module):
@@ -40,6 +51,9 @@ class Normalizer(nn.Module):
         return ((vector - offset) * factor).clamp(-self.clip, self.clip)
 
 
+Noise = Callable[[int, Any, Any], Any]
+
+
 class ActorCritic(nn.Module):
     """A policy and its value function.
 
@@ -49,6 +63,8 @@ class ActorCritic(nn.Module):
         memory: size of the LSTM behind each encoder; 0 for none.
         shared: actor and critic share encoder and memory.
         log_std: initial log standard deviation of box actions; it is a parameter of its own, the same in every state.
+            With `StateDependent` exploration it is that of each weight of the noise, a parameter `[F, A]`.
+        exploration: how draws of box actions differ from their means.
         normalize: keep running statistics of vector observations and normalise by them.
         clip_observations: normalised observations are clipped here.
     """
@@ -62,10 +78,17 @@ class ActorCritic(nn.Module):
         memory: int = 0,
         shared: bool = False,
         log_std: float = 0.0,
+        exploration: Exploration | None = None,
         normalize: bool = False,
         clip_observations: float = 10.0,
     ) -> None:
         super().__init__()
+        self.exploration = exploration or Independent()
+        self.depends = isinstance(self.exploration, StateDependent)
+        if self.depends and actions.kind != "box":
+            raise HeelerError(
+                f"exploration:state-dependent is for continuous actions, not for {actions.kind} ones: leave it out"
+            )
         self.observations, self.actions, self.shared = observations, actions, shared
         self.normalizer = Normalizer(observations.vector, clip_observations) if normalize else None
         if normalize and not observations.vector:
@@ -76,15 +99,16 @@ class ActorCritic(nn.Module):
         self.critic = self.actor if shared else Body(build_encoder(network, observations), memory)
         self.action_head = orthogonal(nn.Linear(self.actor.num_features, actions.num_parameters), 0.01)
         self.value_head = orthogonal(nn.Linear(self.critic.num_features, 1), 1.0)
-        self.log_std = (
-            nn.Parameter(torch.full((actions.num_parameters,), float(log_std))) if actions.kind == "box" else None
-        )
+        self.log_std: nn.Parameter | None = None
+        if actions.kind == "box":
+            weights = (self.actor.num_features,) if self.depends else ()
+            self.log_std = nn.Parameter(torch.full((*weights, actions.num_parameters), float(log_std)))
         self.recurrent = memory > 0
         self.fused: FusedMLP | None = None
 
     def fuse(self) -> bool:
         """Compute small MLPs on a CPU as one operation from now on; False where the networks are something else."""
-        if not self.recurrent and not self.shared:
+        if not self.recurrent and not self.shared and not self.depends:
             heads: Any = self.action_head, self.value_head
             self.fused = fuse(self.actions, self.actor.encoder, heads[0], self.critic.encoder, heads[1], self.log_std)
             if self.fused is not None:
@@ -104,6 +128,11 @@ class ActorCritic(nn.Module):
         """Numbers of memory of one environment: the actor's, then the critic's where it has its own."""
         return self.actor.state_size if self.shared else self.actor.state_size + self.critic.state_size
 
+    @property
+    def num_parameters(self) -> int:
+        """P, the numbers that describe the distribution of one decision."""
+        return self.actions.num_parameters * (2 if self.depends else 1)
+
     def normalize(self, observations: Observed) -> Observed:
         """Raw observations as the networks read them."""
         if self.normalizer is None:
@@ -119,6 +148,23 @@ class ActorCritic(nn.Module):
 
         With memory, observations are `[length * n, ...]`, time first, and states `[n, D]`.
         """
+        seen, judged, states = self.features(observations, length, states)
+        return self.parameters_of(seen), self.value_head(judged).squeeze(1), states
+
+    def parameters_of(self, seen: Tensor) -> Tensor:
+        """Distribution parameters `[n, P]` for the actor's features `[n, F]`."""
+        means = self.action_head(seen)
+        if not self.depends:
+            return means
+        assert self.log_std is not None
+        # the size of the noise is learned by its weights alone: the features serve the means [2005.05719, 3.2]
+        variance = seen.detach().square() @ (2 * self.log_std).exp()
+        return torch.cat([means, 0.5 * (variance + SMALLEST_VARIANCE).log()], dim=1)
+
+    def features(
+        self, observations: Observed, length: int = 1, states: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The actor's features, the critic's, and the new memory; arguments as for `parameters_and_values`."""
         if not self.recurrent:
             seen = self.actor(observations)
             judged = seen if self.shared else self.critic(observations)
@@ -132,11 +178,25 @@ class ActorCritic(nn.Module):
                 seen, mine = self.actor.run(observations, length, mine)
                 judged, its = self.critic.run(observations, length, its)
                 states = torch.cat([mine, its], dim=1)
-        return self.action_head(seen), self.value_head(judged).squeeze(1), states
+        return seen, judged, states
 
     def distribution(self, parameters: Tensor, actions: Tensor, masks: Tensor | None) -> tuple[Tensor, Tensor]:
         """Log-probabilities and entropies of actions, `[n]` each."""
-        return logprobs_and_entropy(self.actions.kind, self.actions.sizes, parameters, self.log_std, actions, masks)
+        log_std = None if self.depends else self.log_std
+        return logprobs_and_entropy(self.actions.kind, self.actions.sizes, parameters, log_std, actions, masks)
+
+    def standard_deviations(self) -> Any:
+        """Of box actions, numpy `[A]`; None where there are none, or where the parameters of a decision hold them."""
+        return None if self.log_std is None or self.depends else self.log_std.detach().exp().cpu().numpy()
+
+    def noise(self, generator: np.random.Generator, length: int, num_envs: int) -> Noise:
+        """The noise `[n, A]` of a rollout's draws: a function of step, parameters and the actor's features."""
+        if isinstance(self.exploration, StateDependent):
+            assert self.log_std is not None
+            sigma = self.log_std.detach().exp().cpu().numpy()
+            return FeatureNoise(generator, sigma, num_envs, self.exploration.every)
+        drawn = draw_noise(self.actions.kind, generator, (length, num_envs, self.actions.num_parameters))
+        return lambda t, parameters, features: drawn[t]
 
     def evaluate(self, inputs: Any) -> PolicyOutput:
         """Score stored decisions (`Steps`, or `Segments` with memory) again."""
@@ -202,7 +262,7 @@ class ActorCritic(nn.Module):
         if self.recurrent and states is None:
             states = torch.zeros(count(seen), self.state_size, device=self.device)
         parameters, _, states = self.parameters_and_values(self.normalize(seen), 1, states)
-        std = None if self.log_std is None else self.log_std.exp().cpu().numpy()
+        std = self.standard_deviations()
         actions = draw(self.actions.kind, self.actions.sizes, parameters.cpu().numpy(), noise, std, masks)
         return actions, states
 

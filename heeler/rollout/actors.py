@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from heeler.policies.actor_critic import ActorCritic, as_tensors
+from heeler.policies.actor_critic import SMALLEST_VARIANCE, ActorCritic, as_tensors
 from heeler.policies.networks import MLPEncoder
 
 Array = np.ndarray[Any, Any]
@@ -25,8 +25,9 @@ class Actor(Protocol):
         """Take the policy's weights."""
         ...
 
-    def act(self, observations: Any, states: Any) -> tuple[Array, Any]:
-        """Parameters `[n, P]` and the new memory, for normalised observations `[n, ...]` and memory `[n, D]`."""
+    def act(self, observations: Any, states: Any) -> tuple[Array, Array, Any]:
+        """For normalised observations `[n, ...]` and memory `[n, D]`: parameters `[n, P]`, the features `[n, F]` that
+        they were made of, and the new memory."""
         ...
 
 
@@ -35,6 +36,7 @@ class NumpyActor:
 
     def __init__(self) -> None:
         self.weights: list[tuple[Array, Array]] = []
+        self.variances: Array | None = None  # of the weights of gSDE's noise
         self.activation = "tanh"
 
     @staticmethod
@@ -58,15 +60,22 @@ class NumpyActor:
             assert isinstance(layer, nn.Linear)
             weight, bias = layer.weight.detach().numpy(), layer.bias.detach().numpy()
             self.weights.append((np.ascontiguousarray(weight.T), bias.copy()))
+        if policy.depends:
+            assert policy.log_std is not None
+            self.variances = (2 * policy.log_std.detach()).exp().numpy()
 
-    def act(self, observations: Any, states: Any) -> tuple[Array, Any]:
+    def act(self, observations: Any, states: Any) -> tuple[Array, Array, Any]:
         x = observations
         for weight, bias in self.weights[:-1]:
             x = x @ weight
             x += bias
             np.tanh(x, out=x) if self.activation == "tanh" else np.maximum(x, 0.0, out=x)
         weight, bias = self.weights[-1]
-        return x @ weight + bias, states
+        means = x @ weight + bias
+        if self.variances is None:
+            return means, x, states
+        log_std = 0.5 * np.log(np.square(x) @ self.variances + SMALLEST_VARIANCE)
+        return np.concatenate([means, log_std], axis=1), x, states
 
 
 class TorchActor:
@@ -79,15 +88,15 @@ class TorchActor:
         self.policy = policy
 
     @torch.inference_mode()
-    def act(self, observations: Any, states: Any) -> tuple[Array, Any]:
+    def act(self, observations: Any, states: Any) -> tuple[Array, Array, Any]:
         policy = self.policy
         assert policy is not None
         seen = as_tensors(observations, policy.device)
         if policy.recurrent:
-            parameters, _, states = policy.parameters_and_values(seen, 1, states)
+            features, _, states = policy.features(seen, 1, states)
         else:
-            parameters = policy.action_head(policy.actor(seen))
-        return parameters.cpu().numpy(), states
+            features = policy.actor(seen)
+        return policy.parameters_of(features).cpu().numpy(), features.cpu().numpy(), states
 
 
 def choose_actor(policy: ActorCritic) -> Actor:

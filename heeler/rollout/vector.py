@@ -16,7 +16,7 @@ from torch import Tensor
 
 from heeler.envs.vector import VectorEnvironment
 from heeler.policies.actor_critic import ActorCritic
-from heeler.policies.distributions import check_masks, draw, draw_noise
+from heeler.policies.distributions import check_masks, draw
 from heeler.policies.steps import Observed, Segments, Steps
 from heeler.ppo.moments import RunningMoments
 from heeler.rollout.actors import Actor, choose_actor
@@ -116,13 +116,13 @@ class VectorCollector:
             self.start()
         n, length, actions_spec = env.num_envs, self.num_steps, policy.actions
         generator = np.random.Generator(np.random.Philox(key=[self.seed % 2**64, step]))
-        noise = draw_noise(actions_spec.kind, generator, (length, n, actions_spec.num_parameters))
-        std = None if policy.log_std is None else policy.log_std.detach().exp().cpu().numpy()
+        noise = policy.noise(generator, length, n)
+        std = policy.standard_deviations()
         normalize = self._normalize()
 
         raw = _empty_like(self.observations, n, length + 1)
         seen = raw if policy.normalizer is None else _empty_like(self.observations, n, length + 1)
-        parameters = np.empty((n, length, actions_spec.num_parameters), dtype=np.float32)
+        parameters = np.empty((n, length, policy.num_parameters), dtype=np.float32)
         is_box, single = actions_spec.kind == "box", actions_spec.kind == "discrete"
         action_shape = (n, length) if single else (n, length, len(actions_spec.sizes))
         actions = np.empty(action_shape, dtype=np.float32 if is_box else np.int64)
@@ -147,10 +147,10 @@ class VectorCollector:
                 masks[:, t] = self.masks
             if self.states is not None:
                 memories.append(self.states)
-            said, self.states = actor.act(shown, self.states)
+            said, features, self.states = actor.act(shown, self.states)
             if not np.isfinite(said.sum()):
                 self._complain(raw, rewards, t, step)
-            chosen = draw(actions_spec.kind, actions_spec.sizes, said, noise[t], std, self.masks)
+            chosen = draw(actions_spec.kind, actions_spec.sizes, said, noise(t, said, features), std, self.masks)
             parameters[:, t] = said
             actions[:, t] = chosen
 

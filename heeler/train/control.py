@@ -22,6 +22,7 @@ from torch import Tensor
 from heeler.envs.vector import Atari as AtariBackend
 from heeler.envs.vector import EnvConfig, VectorEnvironment, make_one, make_vector
 from heeler.policies.actor_critic import ActorCritic
+from heeler.policies.distributions import Exploration, Independent, StateDependent
 from heeler.policies.fused import FlatAdam
 from heeler.policies.networks import MLP, Network
 from heeler.policies.steps import Observed, Segments, Steps, pick
@@ -66,7 +67,9 @@ class GymConfig:
         network: what turns observations into features.
         memory: size of an LSTM behind the network; 0 for none.
         shared: actor and critic share the network.
-        log_std: initial log standard deviation of continuous actions.
+        log_std: initial log standard deviation of continuous actions; of each weight of the noise where it depends on
+            the state.
+        exploration: how draws of continuous actions differ from their means.
         normalize_observations: by running mean and standard deviation, clipped to +-10.
         scale_rewards: divide by the running standard deviation of the discounted return, clip to +-10.
         lr: peak learning rate of Adam.
@@ -94,6 +97,7 @@ class GymConfig:
     memory: int = 0
     shared: bool = False
     log_std: float = 0.0
+    exploration: Exploration = Independent()
     normalize_observations: bool = False
     scale_rewards: bool = False
     lr: float = 3e-4
@@ -330,6 +334,8 @@ def build_gym_run(config: GymConfig) -> GymRun:
         "--checkpoint-every": (config.checkpoint_every, 1), "--ppo.minibatches": (config.ppo.minibatches, 1),
         "--eval-episodes": (config.eval_episodes, 0), "--memory": (config.memory, 0),
     }  # fmt: skip
+    if isinstance(config.exploration, StateDependent):
+        least["--exploration.every"] = (config.exploration.every, 0)
     at_least(least)
     if config.ppo.shuffle == "prompts":
         raise HeelerError("--ppo.shuffle prompts is for language models: environments have no prompts")
@@ -382,6 +388,7 @@ def new_actor_critic(observations: ObservationSpec, actions: ActionSpec, config:
         memory=config.memory,
         shared=config.shared,
         log_std=config.log_std,
+        exploration=config.exploration,
         normalize=config.normalize_observations,
     )
 

@@ -33,7 +33,8 @@ class _Deployed(nn.Module):
         parameters, values, states = policy.parameters_and_values(policy.normalize(observations), 1, states)
         spec = policy.actions
         if spec.kind == "box":
-            action = parameters.clamp(torch.tensor(spec.low), torch.tensor(spec.high))
+            means = parameters[:, : spec.num_parameters]
+            action = means.clamp(torch.tensor(spec.low), torch.tensor(spec.high))
         elif spec.kind == "multi_binary":
             action = (parameters > 0).long()
         else:

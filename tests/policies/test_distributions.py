@@ -7,8 +7,17 @@ import pytest
 import torch
 from torch import distributions as reference
 
-from heeler.policies.distributions import check_masks, draw, draw_noise, logprobs_and_entropy
-from heeler.types import HeelerError
+from heeler.policies.actor_critic import ActorCritic
+from heeler.policies.distributions import (
+    FeatureNoise,
+    StateDependent,
+    check_masks,
+    draw,
+    draw_noise,
+    logprobs_and_entropy,
+)
+from heeler.policies.networks import MLP
+from heeler.types import ActionSpec, HeelerError, ObservationSpec
 
 SIZES = {"discrete": (4,), "multi_discrete": (2, 3), "multi_binary": (1, 1, 1), "box": (1, 1)}
 
@@ -96,3 +105,64 @@ def test_a_mask_that_forbids_everything_is_named():
     check_masks(np.array([[True, False, True, False, False]]), (2, 3), "Maze")
     with pytest.raises(HeelerError, match="mask of Maze, environment 1, forbids every action of component 1"):
         check_masks(np.array([[True, False, True, False, False], [True, True, False, False, False]]), (2, 3), "Maze")
+
+
+# state-dependent exploration [2005.05719] -------------------------------------------------------------------------
+
+
+def state_dependent_policy():
+    torch.manual_seed(0)
+    actions = ActionSpec(kind="box", sizes=(1, 1), shape=(2,), low=(-1.0,) * 2, high=(1.0,) * 2, dtype="float32")
+    policy = ActorCritic(
+        ObservationSpec(vector=3), actions, MLP(hidden=(8,)), log_std=-0.5, exploration=StateDependent()
+    )
+    with torch.no_grad():
+        policy.log_std += 0.3 * torch.randn(8, 2)
+    return policy
+
+
+def test_the_variance_of_state_dependent_noise_is_that_of_a_random_linear_map():
+    """Draws of mean + z theta, theta ~ N(0, sigma^2), by hand, against the parameters that the policy states."""
+    policy = state_dependent_policy()
+    observations = torch.randn(5, 3, generator=torch.Generator().manual_seed(1))
+    z = policy.actor(observations).detach()
+    theta = policy.log_std.exp() * torch.randn(20_000, 8, 2, generator=torch.Generator().manual_seed(2))
+    offsets = torch.einsum("nf,kfa->kna", z, theta.detach())
+    parameters, _, _ = policy.parameters_and_values(observations)
+    means, log_std = parameters.split(2, dim=1)
+    torch.testing.assert_close(means, policy.action_head(z))
+    torch.testing.assert_close(offsets.std(0), log_std.exp(), rtol=0.03, atol=0.0)  # six standard errors
+    actions = means + 0.4
+    twin = reference.Independent(reference.Normal(means, log_std.exp()), 1)
+    logprobs, entropy = policy.distribution(parameters, actions, None)
+    torch.testing.assert_close(logprobs, twin.log_prob(actions))
+    torch.testing.assert_close(entropy, twin.entropy())
+
+
+def test_the_size_of_state_dependent_noise_is_learned_by_its_weights_alone():
+    policy = state_dependent_policy()
+    parameters, _, _ = policy.parameters_and_values(torch.randn(5, 3))
+    parameters[:, 2:].sum().backward()
+    assert policy.log_std.grad is not None and float(policy.log_std.grad.min()) > 0.0
+    assert all(p.grad is None or not p.grad.any() for p in policy.actor.parameters())
+
+
+def test_state_dependent_noise_is_standard_normal():
+    """Over many environments, whatever the features: so it may take the place of the independent noise."""
+    policy, n = state_dependent_policy(), 20_000
+    z = policy.actor(torch.randn(1, 3, generator=torch.Generator().manual_seed(3))).detach().expand(n, -1)
+    parameters = policy.parameters_of(z).detach().numpy()
+    noise = FeatureNoise(np.random.default_rng(4), policy.log_std.detach().exp().numpy(), n, 0)
+    drawn = noise(0, parameters, z.numpy())
+    np.testing.assert_allclose(drawn.mean(0), 0.0, atol=0.03)
+    np.testing.assert_allclose(np.cov(drawn.T), np.eye(2), atol=0.05)
+    np.testing.assert_array_equal(noise(1, parameters, z.numpy()), drawn)
+    actions = draw("box", (1, 1), parameters, drawn, None, None)
+    np.testing.assert_allclose(actions, parameters[:, :2] + np.exp(parameters[:, 2:]) * drawn, rtol=1e-6)
+    np.testing.assert_array_equal(draw("box", (1, 1), parameters, None, None, None), parameters[:, :2])
+
+
+def test_discrete_actions_have_no_state_dependent_noise():
+    actions = ActionSpec(kind="discrete", sizes=(3,), start=(0,))
+    with pytest.raises(HeelerError, match="is for continuous actions, not for discrete ones"):
+        ActorCritic(ObservationSpec(vector=3), actions, MLP(hidden=(8,)), exploration=StateDependent())

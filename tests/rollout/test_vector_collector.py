@@ -9,6 +9,7 @@ import torch
 
 from heeler.envs.vector import Async, EnvConfig, EnvPool, Sync, make_vector
 from heeler.policies.actor_critic import ActorCritic
+from heeler.policies.distributions import StateDependent
 from heeler.policies.networks import MLP
 from heeler.policies.steps import Segments, Steps
 from heeler.rollout.actors import NumpyActor, TorchActor
@@ -22,11 +23,12 @@ MODES = [
     Async(autoreset="same-step"),
     Async(autoreset="next-step"),
 ]
+POLICY = ("memory", "normalize", "shared", "log_std", "exploration")
 LENGTHS, TERMINATES = (3, 1, 5, 2), (True, False)
 
 
 def collector_of(id, num_envs=2, num_steps=4, backend=MODES[0], seed=0, **kwargs):
-    policy_kwargs = {k: kwargs.pop(k) for k in ("memory", "normalize", "shared") if k in kwargs}
+    policy_kwargs = {k: kwargs.pop(k) for k in POLICY if k in kwargs}
     config = EnvConfig(id=id, num_envs=num_envs, backend=backend, kwargs=kwargs)
     env = make_vector(config, seed)
     torch.manual_seed(seed)
@@ -311,3 +313,50 @@ def test_nested_observations_arrive_whole_at_the_end_of_an_episode(backend):
     final = rollout.final_observations[cut]
     expected = torch.tensor([4.0, 0.0, 1.0, 0.0, -4.0, -4.0]).expand(len(cut), -1)  # step 4, and 4 % 3 as one-hot
     torch.testing.assert_close(final, expected)
+
+
+# state-dependent exploration --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("memory", [0, 4])
+def test_state_dependent_noise_is_a_function_of_the_features_for_some_steps(memory):
+    """In an environment that always shows the same, the offset from the mean stays until another function is drawn."""
+    collector, policy = collector_of(
+        "tests.toy_envs:Still",
+        num_envs=3,
+        num_steps=12,
+        memory=memory,
+        log_std=-1.0,
+        exploration=StateDependent(every=4),
+    )
+    rollout = collector.collect(0)
+    assert policy.log_std is not None and policy.log_std.shape == (policy.actor.num_features, 2)
+    output = policy.evaluate(rollout.inputs)
+    torch.testing.assert_close(rollout.behavior_logprobs, output.logprobs, rtol=1e-5, atol=1e-5)
+    if memory:
+        return  # the features change with the memory
+    means = policy.parameters_and_values(rollout.inputs.observations)[0][:, :2]
+    offsets = (rollout.actions - means).detach().view(3, 3, 4, 2)  # environment, function, step, action
+    torch.testing.assert_close(offsets, offsets[:, :, :1].expand_as(offsets), rtol=1e-4, atol=1e-5)
+    assert len(offsets[:, :, 0].reshape(-1, 2).unique(dim=0)) == 9
+    again, _ = collector_of(
+        "tests.toy_envs:Still", num_envs=3, num_steps=12, log_std=-1.0, exploration=StateDependent(every=4)
+    )
+    assert torch.equal(again.collect(0).actions, rollout.actions)
+    assert not torch.equal(again.collect(1).actions, rollout.actions)
+
+
+def test_one_function_of_the_features_lasts_a_rollout_where_nothing_is_said():
+    collector, _ = collector_of("tests.toy_envs:Still", num_envs=2, num_steps=9, exploration=StateDependent())
+    rollout = collector.collect(0)
+    assert len(rollout.actions.view(2, 9, 2).flatten(0, 1).unique(dim=0)) == 2
+
+
+def test_the_numpy_actor_says_the_same_with_state_dependent_noise():
+    collector, policy = collector_of("Pendulum-v1", num_envs=3, log_std=-0.7, exploration=StateDependent())
+    assert isinstance(collector.actor, NumpyActor)
+    observations = np.random.default_rng(0).normal(size=(3, 3)).astype(np.float32)
+    other = TorchActor()
+    other.publish(policy)
+    for mine, its in zip(collector.actor.act(observations, None)[:2], other.act(observations, None)[:2], strict=True):
+        np.testing.assert_allclose(mine, its, atol=1e-6)

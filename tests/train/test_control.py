@@ -13,6 +13,7 @@ import torch
 
 from heeler.cli import main
 from heeler.envs.vector import Async, Atari, EnvConfig, Sync, make_one, make_vector
+from heeler.policies.distributions import StateDependent
 from heeler.policies.networks import MLP, Custom, NatureCNN
 from heeler.ppo.advantages import AdvantageConfig, estimate_advantages
 from heeler.ppo.schedules import Schedule
@@ -80,6 +81,17 @@ def test_memory_and_masks_go_together(tmp_path):
         network=MLP(hidden=(16,)), advantage=AdvantageConfig(gamma=0.5),
     )  # fmt: skip
     assert run.evaluate(episodes=40, deterministic=True)["reward"] > 13.5  # random play gets about 9, the best about 15
+
+
+def test_state_dependent_exploration_is_learned_and_exported(tmp_path):
+    run = train(
+        "tests.toy_envs:Identity", tmp_path, kwargs={"actions": "box"}, steps=8_000, lr=6e-3, num_steps=32,
+        network=MLP(hidden=(32,)), advantage=AdvantageConfig(gamma=0.9, lam=0.9), log_std=-1.0,
+        exploration=StateDependent(every=4),
+    )  # fmt: skip
+    assert run.policy.fused is None
+    assert run.evaluate(episodes=20, deterministic=True)["reward"] > 6.5  # of 8
+    export_onnx(run.policy, tmp_path / "policy.onnx")  # raises where the file says something else
 
 
 @pytest.mark.parametrize("kwargs", [{"vector": True}, {"vector": False, "channels_last": False}])
@@ -235,6 +247,7 @@ def test_the_same_seed_gives_the_same_numbers(id, changes, tmp_path):
         ("CartPole-v1", {}),
         ("CartPole-v1", {"memory": 8}),
         ("Pendulum-v1", {"normalize_observations": True, "scale_rewards": True}),
+        ("Pendulum-v1", {"exploration": StateDependent(every=5)}),
         ("Acrobot-v1", {}),
     ],
 )
@@ -310,6 +323,7 @@ def test_clip_and_entropy_follow_their_schedules(tmp_path, monkeypatch):
     [
         ("CartPole-v1", {}),
         ("Pendulum-v1", {"normalize_observations": True}),
+        ("Pendulum-v1", {"exploration": StateDependent()}),
         ("tests.toy_envs:Recall", {"memory": 4}),
         ("tests.toy_envs:Masked", {"kwargs": {"where": "dict"}}),
         ("tests.toy_envs:Identity", {"kwargs": {"actions": "discrete"}}),
