@@ -87,7 +87,7 @@ def test_state_dependent_exploration_is_learned_and_exported(tmp_path):
     run = train(
         "tests.toy_envs:Identity", tmp_path, kwargs={"actions": "box"}, steps=8_000, lr=6e-3, num_steps=32,
         network=MLP(hidden=(32,)), advantage=AdvantageConfig(gamma=0.9, lam=0.9), log_std=-1.0,
-        exploration=StateDependent(every=4),
+        exploration=StateDependent(every=1),
     )  # fmt: skip
     assert run.policy.fused is None
     assert run.evaluate(episodes=20, deterministic=True)["reward"] > 6.5  # of 8
