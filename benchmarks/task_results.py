@@ -36,6 +36,7 @@ from heeler.train.text import TextConfig  # noqa: E402
 COMMANDS = {
     "chain_sum": ("ppo", "arithmetic", "--task", "chain_sum"),
     "syllogism": ("ppo", "arithmetic", "--task", "syllogism"),
+    "aiw": ("ppo", "arithmetic", "--task", "aiw"),
     "knights_knaves": ("ppo", "arithmetic", "--task", "knights_knaves"),
     "gsm_symbolic": ("ppo", "arithmetic", "--task", "gsm_symbolic"),
     "qa": ("ppo", "qa"),
@@ -48,6 +49,7 @@ COMMANDS = {
 TITLES = {
     "chain_sum": "Sums of Reasoning Gym (chain_sum)",
     "syllogism": "Syllogisms of Reasoning Gym",
+    "aiw": "Alice in Wonderland problems of Reasoning Gym (aiw)",
     "knights_knaves": "Knights and knaves of Reasoning Gym",
     "gsm_symbolic": "GSM-symbolic of Reasoning Gym, worked out in at most 48 tokens",
     "qa": "Questions about countries that no training question names",
@@ -272,7 +274,7 @@ def train(wanted: list[tuple[str, int, Path]], parallel: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    usual = ["chain_sum", "syllogism", "calculator", "qa", "trivia", "translate", "rlhf"]
+    usual = ["chain_sum", "syllogism", "aiw", "calculator", "qa", "trivia", "translate", "rlhf"]
     parser.add_argument("--tasks", nargs="+", choices=list(COMMANDS), default=usual)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "tasks")

@@ -13,9 +13,9 @@ This module imports nothing at run time, so that every other module can import i
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, Protocol, Self, TypeVar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -256,6 +256,18 @@ class Reduce(Protocol):
     def max(self, x: Tensor) -> Tensor: ...
     def gradients(self, parameters: Iterable[Tensor]) -> None:
         """Sum the `.grad` of each parameter over the processes, in place."""
+        ...
+
+
+Result = TypeVar("Result")
+
+
+class Passes(Protocol):
+    """How items become forward and backward passes that fit into the memory."""
+
+    def fit(self, split: Callable[[int], Sequence[Tensor]], run: Callable[[Sequence[Tensor]], Result]) -> Result:
+        """`run(split(tokens))`, where `split` makes passes of so many tokens; from its beginning with fewer of them
+        where a pass does not fit."""
         ...
 
 

@@ -27,15 +27,9 @@ from torch import Tensor
 
 from heeler.ppo.kl import kl_estimate
 from heeler.ppo.losses import clipped_surrogate, is_clipped, ratio, value_loss
-from heeler.ppo.minibatches import (
-    PassBudget,
-    budgeted_microbatches,
-    decision_indices,
-    pass_budget,
-    shuffled_minibatches,
-)
+from heeler.ppo.minibatches import budgeted_microbatches, decision_indices, shuffled_minibatches
 from heeler.ppo.moments import explained_variance
-from heeler.types import CheckFailed, HeelerError, Inputs, Optimizer, Policy, PolicyOutput, Reduce, TrainBatch
+from heeler.types import CheckFailed, HeelerError, Inputs, Optimizer, Passes, Policy, PolicyOutput, Reduce, TrainBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +74,6 @@ class PPOConfig:
     def clip_ranges(self) -> tuple[float, float]:
         """eps below 1, and above."""
         return self.clip_range, self.clip_range if self.clip_range_high is None else self.clip_range_high
-
-    def budget(self, device: torch.device) -> int:
-        """The token budget on this device."""
-        return pass_budget(self.token_budget, device)
 
     def scaled(self, clip: float, entropy: float) -> PPOConfig:
         """The same with clip ranges and entropy coefficient multiplied: their schedules."""
@@ -189,9 +179,7 @@ class _Reader:
         if not self.in_order:
             return budgeted_microbatches(items, self.costs, tokens, self.neighbours)
         each = max(tokens // max(int(self.costs[0]), 1), 1)
-        if each >= len(items):
-            return [items]
-        return items.split(each)  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+        return [items] if each >= len(items) else list(items.split(each))  # pyright: ignore
 
 
 def _add_gradients(
@@ -283,15 +271,14 @@ def update(
     *,
     generator: torch.Generator,
     reduce: Reduce,
+    passes: Passes,
     refresh: Callable[[], TrainBatch] | None = None,
-    budget: PassBudget | None = None,
 ) -> dict[str, float]:
     """Improve the policy on one batch, in place; returns the metrics of the update.
 
     The optimiser's parameter groups may carry a `name`; "policy" and "critic" are reported by name. Where `refresh` is
     given, each epoch but the first learns the advantages, returns and values of the batch that it returns: the same
-    decisions, judged by the critic as it is then. `budget` is the tokens of a pass, kept from one update to the next
-    because it shrinks where a pass does not fit into the device's memory; None takes the config's.
+    decisions, judged by the critic as it is then. `passes` says what fits into the memory.
 
     Raises:
         HeelerError: prompts are to be shuffled where there are none, or a single item does not fit into the memory.
@@ -307,7 +294,6 @@ def update(
     groups = batch.inputs.groups if config.shuffle == "prompts" else None
     if groups is None and config.shuffle == "prompts":
         raise HeelerError('shuffle="prompts" is for samples of prompts, of which this batch has none')
-    budget = PassBudget(config.budget(costs.device)) if budget is None else budget
     record = _Record()
     grad_norms: dict[str, list[float]] = {}
     stopped = False
@@ -327,7 +313,7 @@ def update(
             if config.loss_denominator is not None:
                 policy_denominator = config.loss_denominator
             denominators = max(policy_denominator, 1e-12), max(value_denominator, 1e-12)
-            of_step, broken = budget.fit(
+            of_step, broken = passes.fit(
                 partial(reader.split, items),
                 partial(_add_gradients, gradients, optimizer, reader, columns, denominators, config),
             )

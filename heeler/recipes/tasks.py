@@ -70,6 +70,7 @@ TASKS = {
         options={}, answer_tokens=48, examples=640, batch=8, prompts=32, samples=2, updates=20, worked=True, drawn=5
     ),
     "syllogism": Task(options={}, answer_tokens=3, examples=400, balanced=True),
+    "aiw": Task(options={}, answer_tokens=3, examples=400),
     "knights_knaves": Task(
         options={"n_people": 2, "depth_constraint": 2, "width_constraint": 2},
         answer_tokens=24,
@@ -98,7 +99,7 @@ class Arithmetic:
         threads: CPU threads; None takes one for each core that the process may use.
     """
 
-    task: Literal["chain_sum", "gsm_symbolic", "syllogism", "knights_knaves"] = "chain_sum"
+    task: Literal["chain_sum", "gsm_symbolic", "syllogism", "aiw", "knights_knaves"] = "chain_sum"
     out: str | None = None
     seed: int = 1
     examples: int | None = None

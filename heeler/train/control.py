@@ -27,7 +27,7 @@ from heeler.policies.fused import FlatAdam
 from heeler.policies.networks import MLP, Network
 from heeler.policies.steps import Observed, Segments, Steps, pick
 from heeler.ppo.advantages import AdvantageConfig
-from heeler.ppo.minibatches import PassBudget, budgeted_microbatches, decision_indices
+from heeler.ppo.minibatches import budgeted_microbatches, decision_indices
 from heeler.ppo.moments import RunningMoments
 from heeler.ppo.schedules import Schedule
 from heeler.ppo.shaping import segment_of_decision, segment_sums
@@ -35,6 +35,7 @@ from heeler.ppo.update import PPOConfig
 from heeler.rollout.vector import VectorCollector, VectorRollout
 from heeler.runtime import machine
 from heeler.runtime.configs import from_json, to_json
+from heeler.runtime.passes import PassBudget, pass_budget
 from heeler.runtime.reduce import LocalReduce
 from heeler.runtime.runs import RunFolder, read_json, write_json
 from heeler.train.evaluate_control import GymPolicy, evaluate_policy, make_picture_env
@@ -363,7 +364,7 @@ def build_gym_run(config: GymConfig) -> GymRun:
         optimizer = torch.optim.Adam(groups, lr=config.lr, eps=config.adam_eps, fused=True)
     state = TrainState(
         policy=policy, optimizer=optimizer, generator=torch.Generator().manual_seed(config.seed),
-        passes=PassBudget(config.ppo.budget(policy.device)),
+        passes=PassBudget(pass_budget(config.ppo.token_budget, policy.device)),
     )  # fmt: skip
     collecting = VectorCollector(env, config.num_steps, config.seed)
     scaler = RewardScaler(config.env.num_envs, config.advantage.gamma) if config.scale_rewards else None

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from heeler.policies.inputs import TokenInputs
 from heeler.policies.language_model import LanguageModelPolicy
-from heeler.ppo.minibatches import PassBudget, budgeted_microbatches, decision_indices
+from heeler.ppo.minibatches import budgeted_microbatches, decision_indices
+from heeler.runtime.passes import PassBudget
 from heeler.types import Reward, RewardOutput, Rollout, Samples
 
 

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import torch
 
 from heeler.ppo.advantages import AdvantageConfig, estimate_advantages
-from heeler.ppo.minibatches import PassBudget
 from heeler.ppo.schedules import Schedule
 from heeler.ppo.update import PPOConfig, update
+from heeler.runtime.passes import PassBudget
 from heeler.types import Collector, Optimizer, Policy, Reduce, Rollout, ScoredRollout, TrainBatch
 
 
@@ -112,8 +112,8 @@ def train_loop(
                 raise ValueError("advantage.recompute needs a run that can value a rollout again")
             refresh = partial(_judge_again, revalue, scored, config.advantage, reduce)
         metrics |= update(
-            policy, state.optimizer, batch, ppo, generator=state.generator, reduce=reduce, refresh=refresh,
-            budget=state.passes,
+            policy, state.optimizer, batch, ppo, generator=state.generator, reduce=reduce, passes=state.passes,
+            refresh=refresh,
         )  # fmt: skip
         state.step += 1
         collector.publish(policy, state.step)

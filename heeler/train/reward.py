@@ -30,10 +30,11 @@ from torch import Tensor
 from heeler.data.preferences import Preference
 from heeler.policies import loading
 from heeler.policies.splitting import layer_list
-from heeler.ppo.minibatches import PassBudget, budgeted_microbatches, pass_budget
+from heeler.ppo.minibatches import budgeted_microbatches
 from heeler.ppo.schedules import Schedule
 from heeler.runtime import machine
 from heeler.runtime.configs import to_json
+from heeler.runtime.passes import PassBudget, pass_budget
 from heeler.runtime.progress import progress, say
 from heeler.runtime.runs import write_json
 from heeler.train.run import interruptible

@@ -27,13 +27,14 @@ from heeler.policies import loading
 from heeler.policies.inputs import TokenInputs
 from heeler.policies.language_model import Full, LanguageModelPolicy, LoRA, TopLayers, ValueHead
 from heeler.policies.seq2seq import Seq2SeqPolicy
-from heeler.ppo.minibatches import PassBudget, budgeted_microbatches, pass_budget
+from heeler.ppo.minibatches import budgeted_microbatches
 from heeler.ppo.schedules import Schedule
 from heeler.rollout.engines.draws import draw_seed
 from heeler.rollout.engines.native import native_engine
 from heeler.rollout.text import decode
 from heeler.runtime import machine
 from heeler.runtime.configs import from_json, to_json
+from heeler.runtime.passes import PassBudget, pass_budget
 from heeler.runtime.progress import progress, say
 from heeler.runtime.runs import RunFolder
 from heeler.train.optimizers import AdamW, check_installed, make_adamw

@@ -22,7 +22,6 @@ from heeler.policies.seq2seq import Seq2SeqPolicy
 from heeler.policies.token_masks import AllTokens, TokenMask, token_bias
 from heeler.ppo.advantages import AdvantageConfig
 from heeler.ppo.kl import FixedKL, KLConfig, KLEstimator
-from heeler.ppo.minibatches import PassBudget
 from heeler.ppo.moments import RunningMoments
 from heeler.ppo.schedules import Schedule
 from heeler.ppo.shaping import ScoreShaping, Truncation
@@ -38,6 +37,7 @@ from heeler.rollout.engines.vllm import VLLMEngine
 from heeler.rollout.text import TextCollector, sample_rollout, samples_of
 from heeler.runtime import machine
 from heeler.runtime.configs import from_json
+from heeler.runtime.passes import PassBudget, pass_budget
 from heeler.runtime.progress import progress
 from heeler.runtime.reduce import LocalReduce
 from heeler.runtime.runs import RunFolder
@@ -415,7 +415,7 @@ def build_text_run(
         policy=policy,
         optimizer=optimizer,
         generator=torch.Generator().manual_seed(config.seed),
-        passes=PassBudget(config.ppo.budget(policy.device)),
+        passes=PassBudget(pass_budget(config.ppo.token_budget, policy.device)),
         kl_coef=config.kl.coef,
     )
     trained = sum(p.numel() for p in groups[0]["params"])

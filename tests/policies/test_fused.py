@@ -15,6 +15,7 @@ from heeler.policies.fused import FlatAdam
 from heeler.policies.networks import MLP
 from heeler.policies.steps import Steps
 from heeler.ppo.update import PPOConfig, autograd_gradients, update
+from heeler.runtime.passes import PassBudget
 from heeler.runtime.reduce import LocalReduce
 from heeler.types import ActionSpec, ObservationSpec, TrainBatch
 
@@ -96,7 +97,13 @@ def test_a_whole_update_gives_the_same_weights_and_metrics(actions):
         )
         batch = TrainBatch(inputs=inputs, importance_weights=torch.ones(64), **columns)
         metrics = update(
-            policy, optimizer, batch, config, generator=torch.Generator().manual_seed(0), reduce=LocalReduce()
+            policy,
+            optimizer,
+            batch,
+            config,
+            generator=torch.Generator().manual_seed(0),
+            reduce=LocalReduce(),
+            passes=PassBudget(65536),
         )
         results.append((metrics, {k: v.clone() for k, v in policy.state_dict().items()}))
     (plain_metrics, plain_weights), (metrics, weights) = results

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from heeler.ppo.losses import value_loss
-from heeler.ppo.minibatches import PassBudget
 from heeler.ppo.update import PPOConfig, update
+from heeler.runtime.passes import PassBudget
 from heeler.runtime.reduce import LocalReduce
 from heeler.types import CheckFailed, HeelerError, PolicyOutput
 
@@ -67,13 +67,13 @@ def test_passes_that_do_not_fit_are_made_smaller_and_nothing_counts_twice(capsys
     config = replace(EVERYTHING, minibatches=2, token_budget=64)
     expected, expected_metrics = updated(policy, batch, config)
     budget = PassBudget(64)
-    found, metrics = updated(small, batch, config, budget=budget)
+    found, metrics = updated(small, batch, config, passes=budget)
     same(flat(found), flat(expected))
     assert metrics == pytest.approx(expected_metrics, rel=1e-9)
     assert budget.tokens < 10 and all(len(names) <= 2 for names in found.evaluated)
     assert f"from now on passes have {budget.tokens}" in capsys.readouterr().out
     before = budget.tokens
-    updated(small, batch, config, budget=budget)
+    updated(small, batch, config, passes=budget)
     assert budget.tokens == before and capsys.readouterr().out == ""  # it is not tried again
 
 
@@ -99,11 +99,28 @@ def test_a_refreshed_batch_is_what_the_later_epochs_learn():
     trained, twin = copy.deepcopy(policy), copy.deepcopy(policy)
     shuffles = torch.Generator().manual_seed(0)
     descent = torch.optim.SGD(trained.parameters(), lr=0.5)
-    update(trained, descent, batch, config, generator=shuffles, reduce=LocalReduce(), refresh=refresh)
+    update(
+        trained,
+        descent,
+        batch,
+        config,
+        generator=shuffles,
+        reduce=LocalReduce(),
+        passes=PassBudget(1024),
+        refresh=refresh,
+    )
     shuffles = torch.Generator().manual_seed(0)  # the twin: an update of one epoch after the other
     descent = torch.optim.SGD(twin.parameters(), lr=0.5)
     for given in (batch, other, other):
-        update(twin, descent, given, replace(config, epochs=1), generator=shuffles, reduce=LocalReduce())
+        update(
+            twin,
+            descent,
+            given,
+            replace(config, epochs=1),
+            generator=shuffles,
+            reduce=LocalReduce(),
+            passes=PassBudget(1024),
+        )
     same(flat(trained), flat(twin))
     assert asked == [2, 4]  # before the second and the third epoch, after two minibatches each
 
@@ -351,6 +368,7 @@ def test_each_group_has_a_gradient_norm_of_its_own():
         PPOConfig(max_grad_norm=0.25),
         generator=torch.Generator(),
         reduce=LocalReduce(),
+        passes=PassBudget(1024),
     )
     assert float((after.logits - policy.logits).detach().norm()) == pytest.approx(0.25, rel=1e-4)
     assert float((after.state_values - policy.state_values).detach().norm()) == pytest.approx(0.25, rel=1e-4)
@@ -436,6 +454,7 @@ def changed_by(policy, batch, config):
             config,
             generator=torch.Generator(),
             reduce=LocalReduce(),
+            passes=PassBudget(1024),
         )
     finally:
         assert torch.equal(flat(policy), before)
@@ -466,6 +485,7 @@ def test_a_nan_later_on_leaves_the_parameters_of_the_last_good_step():
             PPOConfig(minibatches=2),
             generator=torch.Generator().manual_seed(0),
             reduce=LocalReduce(),
+            passes=PassBudget(1024),
         )
     same(flat(after), flat(updated(policy, select_batch(batch, good), PPOConfig())[0]))
 

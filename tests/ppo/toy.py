@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from heeler.ppo.minibatches import PassBudget
 from heeler.ppo.update import PPOConfig, update
+from heeler.runtime.passes import PassBudget, pass_budget
 from heeler.runtime.reduce import LocalReduce
 from heeler.types import PolicyOutput, Reduce, TrainBatch
 
@@ -121,7 +121,7 @@ def updated(
     seed: int = 0,
     reduce: Reduce | None = None,
     optimizer: Callable[..., torch.optim.Optimizer] = torch.optim.SGD,
-    budget: PassBudget | None = None,
+    passes: PassBudget | None = None,
 ) -> tuple[TablePolicy, dict[str, float]]:
     """A copy of the policy after one update, and the metrics."""
     policy = copy.deepcopy(policy)
@@ -132,7 +132,7 @@ def updated(
         config,
         generator=torch.Generator().manual_seed(seed),
         reduce=reduce or LocalReduce(),
-        budget=budget,
+        passes=passes or PassBudget(pass_budget(config.token_budget, torch.device("cpu"))),
     )
     return policy, metrics
 

@@ -21,10 +21,10 @@ from heeler.policies import loading
 from heeler.policies.inputs import TokenInputs
 from heeler.policies.language_model import LanguageModelPolicy, SeparateCritic, TopLayers
 from heeler.policies.loading import load_causal_lm, load_tokenizer
-from heeler.ppo.minibatches import PassBudget
 from heeler.rewards.classifier import ClassifierReward
 from heeler.rewards.specs import load_reward
 from heeler.runtime import machine
+from heeler.runtime.passes import PassBudget
 from heeler.runtime.runs import RunFolder
 from heeler.train import reward as reward_training
 from heeler.train.reward import (

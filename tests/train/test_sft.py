@@ -15,8 +15,8 @@ from heeler import Full, HeelerError, LoRA, SFTConfig, TopLayers, resume_sft, tr
 from heeler.data.examples import load_examples
 from heeler.policies.language_model import LanguageModelPolicy, ValueHead
 from heeler.policies.loading import load_causal_lm, load_tokenizer
-from heeler.ppo.minibatches import PassBudget
 from heeler.ppo.schedules import Schedule
+from heeler.runtime.passes import PassBudget
 from heeler.train.sft import as_inputs, build_sft_run, held_out_figures, sft_gradients
 from tests.runs import numbers, small
 from tests.train.test_text import vowels

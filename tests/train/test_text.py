@@ -28,6 +28,7 @@ from heeler import (
     train_text,
 )
 from heeler.policies.language_model import LanguageModelPolicy
+from heeler.runtime.passes import pass_budget
 from heeler.train.ppo import UpdateReport
 from heeler.train.text import build_text_run
 from tests.runs import numbers, small
@@ -177,8 +178,8 @@ def test_a_run_finds_the_passes_that_fit_its_memory(
 
 def test_passes_are_small_on_a_cpu_unless_the_user_says_so() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert PPOConfig().budget(cpu) < PPOConfig().budget(gpu)
-    assert PPOConfig(token_budget=77).budget(cpu) == PPOConfig(token_budget=77).budget(gpu) == 77
+    assert pass_budget(None, cpu) < pass_budget(None, gpu)
+    assert pass_budget(77, cpu) == pass_budget(77, gpu) == 77
 
 
 @pytest.mark.parametrize("architecture, written_out", [("llama", True), ("qwen3", True), ("gpt2", False)])
