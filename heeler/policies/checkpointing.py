@@ -23,11 +23,18 @@ def checkpoint_layers(body: nn.Module) -> int:
 
     layers: list[nn.Module] = [module for module in body.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer in layers:
-        layer.forward = partial(_again_in_backward, layer.forward)
+        layer.forward = partial(again_in_backward, layer.forward)
     return len(layers)
 
 
-def _again_in_backward(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def is_checkpointed(module: nn.Module) -> bool:
+    """Whether a layer is computed again in the backward pass."""
+    forward = vars(module).get("forward")
+    return isinstance(forward, partial) and forward.func is again_in_backward
+
+
+def again_in_backward(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`forward(...)`, of which nothing but its arguments is kept."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)  # no dropout: no draws

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from heeler.policies.attention import use_fast_attention
 from heeler.policies.checkpointing import checkpoint_layers
 from heeler.policies.inputs import PaddedRows, TokenInputs
+from heeler.policies.llama import can_write_out, run_layers
 from heeler.policies.loading import SCORE_KEY, model_folder
 from heeler.policies.logprobs import token_logprobs
 from heeler.policies.precision import is_linear, round_linear
@@ -416,6 +417,9 @@ class LanguageModelPolicy:
             return self._hidden(self.trunk, rows, None)
 
     def _hidden(self, body: Any, rows: PaddedRows, states: Tensor | None) -> Tensor:
+        if can_write_out(body):
+            mask = None if rows.sequence is None else rows.visible
+            return run_layers(body, rows.ids if states is None else states, rows.positions, mask)
         given = {"input_ids": rows.ids} if states is None else {"inputs_embeds": states}
         return body(**given, **self._apart(body, rows), use_cache=False).last_hidden_state
 

@@ -29,11 +29,12 @@ def sequences() -> TokenInputs:
 
 
 def gradients(policy: LanguageModelPolicy) -> tuple[dict[str, Tensor], int]:
-    """Of a loss with log-probabilities, values and entropies; and the numbers that were kept for them."""
+    """Of a loss with log-probabilities, values and entropies; and the bytes that were kept for them beside weights."""
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        if not tensor.is_leaf or not tensor.requires_grad:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):

@@ -24,13 +24,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from heeler.policies.attention import NAME, attend
-from heeler.policies.splitting import full_attention
+from heeler.policies.attention import attend
+from heeler.policies.llama import like_llama
 from heeler.rollout.engines import packing
 from heeler.rollout.engines.packing import Joined, can_pack
 
 PASS_TOKENS = 8192  # of prompts read at once, which bounds the memory
-FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 
 
 @dataclass(frozen=True)
@@ -231,13 +230,4 @@ def _norm(norm: Any, x: Tensor) -> Tensor:
 
 def can_decode(model: Any) -> bool:
     """Whether the step is written for this model: of a known family, nothing in it exchanged."""
-    kind = type(model)
-    if kind.__name__ not in FAMILIES or not kind.__module__.startswith("transformers.models."):
-        return False
-    known = ("torch.nn.modules.", "transformers.activations", kind.__module__, packing.__name__)
-    return (
-        all(type(module).__module__.startswith(known) for module in model.modules())
-        and full_attention(model.config)
-        and len(model.model.layers) == model.config.num_hidden_layers
-        and model.config._attn_implementation == NAME
-    )
+    return type(model).__name__.endswith("ForCausalLM") and like_llama(model, packing.__name__)
