@@ -199,6 +199,8 @@ class ScoredRollout:
         policy_weights: `[N]` weight of each decision in the policy loss (0 drops it).
         value_weights: `[N]` the same for the value loss.
         components: raw reward components by name, each `[S]`.
+        attached: the passes that old log-probabilities and values are from, where they are kept: items `[J]`, and what
+            the policy said of their decisions, its gradient not taken yet.
     """
 
     rollout: Rollout
@@ -211,6 +213,7 @@ class ScoredRollout:
     policy_weights: Tensor
     value_weights: Tensor
     components: Mapping[str, Tensor]
+    attached: Sequence[tuple[Tensor, PolicyOutput]] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -227,6 +230,7 @@ class TrainBatch:
         value_weights: `[N]` the same for the value loss.
         importance_weights: `[N]` truncated behavior-to-old ratios; they multiply the policy loss and never
             enter a denominator. 1 where engine and trainer agree.
+        attached: of the `ScoredRollout`: a first optimiser step on the whole batch has made these passes already.
     """
 
     inputs: Inputs
@@ -237,6 +241,7 @@ class TrainBatch:
     policy_weights: Tensor
     value_weights: Tensor
     importance_weights: Tensor
+    attached: Sequence[tuple[Tensor, PolicyOutput]] = ()
 
 
 class Reduce(Protocol):

@@ -534,6 +534,7 @@ class LanguageModelPolicy:
         last_values: bool = False,
         known: Tensor | None = None,
         final_states: Tensor | None = None,
+        attached: bool = False,
     ) -> tuple[PolicyOutput, Tensor, Tensor]:
         """What the update needs of a rollout, from one pass through the trunk.
 
@@ -542,6 +543,7 @@ class LanguageModelPolicy:
             last_values: whether the values after the sequences' last tokens are asked for.
             known: `[n]` log-probabilities that the policy is known to give the decisions: the output layer is left out.
             final_states: `[n, H]` that they were drawn from: with `known`, a value head needs no pass of the policy.
+            attached: leave the policy's output attached to its parameters; not with `known`.
 
         Returns:
             The policy's output on the `[n]` decisions (its entropies are NaN where the log-probabilities are known),
@@ -551,20 +553,20 @@ class LanguageModelPolicy:
         rows = self._rows(inputs, last_values)
         states = self.trunk_states(rows)
         after = torch.zeros(len(inputs.lengths), device=self.device)
-        with self._autocast():
+        with torch.set_grad_enabled(attached), self._autocast():
             if known is None:
                 logprobs, entropy, hidden = self._logprobs(self.top, self.model, rows, states)
             else:
                 logprobs, entropy, hidden = known, torch.full_like(known, math.nan), None
-            with self.reference_weights():
-                ref_logprobs, _, _ = self._logprobs(self.reference_top, self._reference_model(), rows, states)
             if known is None or final_states is None or last_values or self.critic_body is not None:
                 grid = self._values(hidden, rows, states).float()
                 values = grid[rows.rows, rows.columns]
                 if last_values:
-                    after = grid[torch.arange(len(rows.lengths), device=grid.device), rows.lengths - 1]
+                    after = grid[torch.arange(len(rows.lengths), device=grid.device), rows.lengths - 1].detach()
             else:
                 values = self.value_network(final_states.float())[..., 0].float()
+        with self._autocast(), self.reference_weights():
+            ref_logprobs, _, _ = self._logprobs(self.reference_top, self._reference_model(), rows, states)
         return PolicyOutput(logprobs=logprobs, entropy=entropy, values=values), ref_logprobs, after
 
     @torch.no_grad()

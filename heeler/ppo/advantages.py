@@ -114,4 +114,5 @@ def estimate_advantages(scored: ScoredRollout, config: AdvantageConfig, reduce: 
         policy_weights=scored.policy_weights,
         value_weights=scored.value_weights,
         importance_weights=log_ratio.exp().clamp(max=config.importance_cap),
+        attached=scored.attached,
     )

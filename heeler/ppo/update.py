@@ -165,6 +165,7 @@ class _Reader:
         self.one_each = bool((self.decision_counts == 1).all())  # items are decisions
         alike = bool((self.costs == self.costs[:1]).all())
         self.in_order = alike and self.neighbours is None  # nothing is gained by sorting them
+        self.attached: Sequence[tuple[Tensor, PolicyOutput]] = ()  # what the policy has said already
         self._last: tuple[Tensor, Tensor, Tensor] | None = None
 
     def rows(self, columns: Tensor, items: Tensor) -> Tensor:
@@ -175,7 +176,9 @@ class _Reader:
         return self._last[2]
 
     def split(self, items: Tensor, tokens: int) -> Sequence[Tensor]:
-        """`items` in passes of that many tokens."""
+        """`items` in passes of that many tokens, or in those that the policy has made already."""
+        if self.attached:
+            return [done for done, _ in self.attached]
         if not self.in_order:
             return budgeted_microbatches(items, self.costs, tokens, self.neighbours)
         each = max(tokens // max(int(self.costs[0]), 1), 1)
@@ -183,20 +186,21 @@ class _Reader:
 
 
 def _add_gradients(
-    gradients: Callable[..., tuple[float, Tensor]],
-    optimizer: Optimizer,
-    reader: _Reader,
-    columns: Tensor,
-    denominators: tuple[float, float],
-    config: PPOConfig,
-    passes: Sequence[Tensor],
-) -> tuple[_Record, str]:
+    gradients: Callable[..., tuple[float, Tensor]], optimizer: Optimizer, reader: _Reader, columns: Tensor,
+    denominators: tuple[float, float], config: PPOConfig, passes: Sequence[Tensor],
+) -> tuple[_Record, str]:  # fmt: skip
     """The gradient of an optimiser step in `.grad`; returns what the policy said, and what is wrong with the loss."""
     optimizer.zero_grad(set_to_none=True)
     record = _Record()
+    known = {id(items): output for items, output in reader.attached}
+    reader.attached = ()  # their gradient can be taken once: if it does not fit, they are evaluated anew
     for items in passes:
         rows = reader.rows(columns, items)
-        loss, said = gradients(reader.inputs.select(items), rows, *denominators, config)
+        output = known.pop(id(items), None)
+        if output is None:
+            loss, said = gradients(reader.inputs.select(items), rows, *denominators, config)
+        else:
+            loss, said = loss_gradients(output, rows, *denominators, config)
         record.rows.append(rows)
         record.said.append(said)
         if not math.isfinite(loss):
@@ -213,12 +217,7 @@ def _check_shapes(output: PolicyOutput, n: int) -> None:
 
 
 def autograd_gradients(
-    policy: Policy,
-    inputs: Inputs,
-    rows: Tensor,
-    policy_denominator: float,
-    value_denominator: float,
-    config: PPOConfig,
+    policy: Policy, inputs: Inputs, rows: Tensor, policy_denominator: float, value_denominator: float, config: PPOConfig
 ) -> tuple[float, Tensor]:
     """Add the gradient of a micro-batch's loss to the parameters' `.grad`.
 
@@ -235,7 +234,13 @@ def autograd_gradients(
         The loss (where it is not finite, nothing was added), and `[4, n]` new log-probabilities, entropies, and the
         terms of the policy and the value loss.
     """
-    output = policy.evaluate(inputs)
+    return loss_gradients(policy.evaluate(inputs), rows, policy_denominator, value_denominator, config)
+
+
+def loss_gradients(
+    output: PolicyOutput, rows: Tensor, policy_denominator: float, value_denominator: float, config: PPOConfig
+) -> tuple[float, Tensor]:
+    """The same from what the policy said of the micro-batch: arguments and results as in `autograd_gradients`."""
     _check_shapes(output, len(rows))
     old_logprobs, old_values, advantages, returns, policy_weights, value_weights, importance = rows.unbind(1)
     surrogate = clipped_surrogate(output.logprobs, old_logprobs, advantages, *config.clip_ranges)
@@ -264,16 +269,9 @@ def clip_gradients(parameters: Sequence[Tensor], max_norm: float) -> float:
 
 
 def update(
-    policy: Policy,
-    optimizer: Optimizer,
-    batch: TrainBatch,
-    config: PPOConfig,
-    *,
-    generator: torch.Generator,
-    reduce: Reduce,
-    passes: Passes,
-    refresh: Callable[[], TrainBatch] | None = None,
-) -> dict[str, float]:
+    policy: Policy, optimizer: Optimizer, batch: TrainBatch, config: PPOConfig, *, generator: torch.Generator,
+    reduce: Reduce, passes: Passes, refresh: Callable[[], TrainBatch] | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Improve the policy on one batch, in place; returns the metrics of the update.
 
     The optimiser's parameter groups may carry a `name`; "policy" and "critic" are reported by name. Where `refresh` is
@@ -289,6 +287,7 @@ def update(
         autograd_gradients, policy
     )
     reader = _Reader(batch.inputs, getattr(policy, "shares_prompts", False))
+    reader.attached = batch.attached if config.minibatches == 1 else ()
     columns, costs = _columns(batch), reader.costs
     num_items = -int(reduce.max(-torch.tensor(len(costs))))  # the smallest share of any process
     groups = batch.inputs.groups if config.shuffle == "prompts" else None

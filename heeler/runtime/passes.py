@@ -53,7 +53,7 @@ class PassBudget:
                     f"one sequence alone does not fit into the device's memory ({full}): train fewer layers or LoRA"
                     " adapters, take shorter sequences or --activation-checkpointing"
                 )
-            before = self.tokens
+            before, self.tokens = self.tokens, self.tokens // 2
             while len(split(self.tokens)) == len(passes) and self.tokens > 1:
                 self.tokens //= 2
             if torch.cuda.is_available():

@@ -77,14 +77,9 @@ def _judge_again(revalue: Revalue, scored: ScoredRollout, config: AdvantageConfi
 
 
 def train_loop(
-    state: TrainState,
-    collector: Collector,
-    score: Score,
-    config: LoopConfig,
-    reduce: Reduce,
-    after_update: Callable[[UpdateReport], bool],
-    revalue: Revalue | None = None,
-) -> None:
+    state: TrainState, collector: Collector, score: Score, config: LoopConfig, reduce: Reduce,
+    after_update: Callable[[UpdateReport], bool], revalue: Revalue | None = None,
+) -> None:  # fmt: skip
     """Run updates until `config.updates`, or until `after_update` returns False.
 
     `revalue` gives a rollout the values and bootstraps of the critic as it is now: `config.advantage.recompute` asks it

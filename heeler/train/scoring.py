@@ -15,7 +15,7 @@ from heeler.ppo.moments import moments, whiten
 from heeler.ppo.shaping import segment_sums, segment_weights, shape_rewards
 from heeler.runtime.reduce import LocalReduce
 from heeler.train.ppo import TrainState
-from heeler.types import CheckFailed, HeelerError, Rollout, ScoredRollout
+from heeler.types import CheckFailed, HeelerError, PolicyOutput, Rollout, ScoredRollout
 
 if TYPE_CHECKING:
     from heeler.policies.language_model import LanguageModelPolicy
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # How far engine and trainer, or policy and reference at the start, may lie apart: mean nats a token.
 LOGPROB_TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}
 ROUNDING = 1e-5  # nats a token: nearer log-probabilities of the same weights are equal, but for the paths they took
+KEPT_PASSES = 4  # of the token budget: a rollout up to this size is kept with its gradients from scoring to update
 PROBED = 4  # sequences, or an eighth, that the trainer scores too where the engine's log-probabilities are taken
 
 
@@ -67,7 +68,11 @@ def make_score(run: TextRun) -> Callable[[Rollout, TrainState], tuple[ScoredRoll
             shared = None if neighbours is None else (neighbours[0].cpu(), neighbours[1].cpu())
             return budgeted_microbatches(torch.arange(len(inputs.lengths)), inputs.costs.cpu(), tokens, shared)
 
+        attached: list[tuple[torch.Tensor, PolicyOutput]] = []
+        keeps = run.keeps_first_pass and int(inputs.lengths.sum()) <= KEPT_PASSES * state.passes.tokens
+
         def read(passes: Sequence[torch.Tensor]) -> None:
+            attached.clear()  # of passes that did not fit
             for items in passes:
                 items = items.to(device)
                 indices = decision_indices(items, inputs.decision_counts)
@@ -76,8 +81,12 @@ def make_score(run: TextRun) -> Callable[[Rollout, TrainState], tuple[ScoredRoll
                     last_values=bootstrapping,
                     known=rollout.behavior_logprobs[indices] if run.trusts_engine else None,
                     final_states=None if rollout.final_states is None else rollout.final_states[indices],
+                    attached=keeps,
                 )
-                old[indices], values[indices], ref[indices] = said.logprobs, said.values, ref_logprobs
+                if keeps:
+                    attached.append((items, said))
+                old[indices], values[indices] = said.logprobs.detach(), said.values.detach()
+                ref[indices] = ref_logprobs
                 after[items] = last
 
         state.passes.fit(split, read)
@@ -103,7 +112,7 @@ def make_score(run: TextRun) -> Callable[[Rollout, TrainState], tuple[ScoredRoll
         scored = ScoredRollout(
             rollout=rollout, scores=scores, rewards=rewards, old_logprobs=old, ref_logprobs=ref, values=values,
             bootstrap=torch.where(cut, after, torch.zeros_like(after)) if bootstrapping else torch.zeros_like(after),
-            policy_weights=weights, value_weights=weights, components=output.components,
+            policy_weights=weights, value_weights=weights, components=output.components, attached=attached,
         )  # fmt: skip
         ones = torch.ones_like(scores)
         mean, variance = moments(scores, ones, reduce)

@@ -91,6 +91,8 @@ class TextConfig:
         reuse_trunk_states: let the engine keep the frozen trunk's hidden states for the trainer.
         old_logprobs: of the policy that sampled: the engine's own, or computed anew by the "trainer", which costs a
             pass. "auto" takes the native engine's in fp32, where both agree to a few millionths of a nat.
+        keep_first_pass: with one minibatch, let the pass that scores the old policy be the first one of the update too
+            (rollouts of up to four token budgets): a forward pass less, for the memory of their activations.
         share_prompts: read a prompt once for all its samples, in the native engine and in the trainer's forward passes.
         activation_checkpointing: layers keep only their input for the backward pass and are computed again in it: less
             memory, a forward pass more in the update.
@@ -137,6 +139,7 @@ class TextConfig:
     engine_memory: float = 0.4
     reuse_trunk_states: bool = True
     old_logprobs: Literal["auto", "engine", "trainer"] = "auto"
+    keep_first_pass: bool = True
     share_prompts: bool = True
     activation_checkpointing: bool = False
     precision: machine.Precision = "auto"
@@ -173,6 +176,12 @@ class TextRun(Run):
     def trusts_engine(self) -> bool:
         """Whether the engine's log-probabilities are taken for the old policy's."""
         return takes_engine_logprobs(self.config, self.policy.precision)
+
+    @property
+    def keeps_first_pass(self) -> bool:
+        """Whether the pass that scores the old policy is the first one of the update too: the same weights, the whole
+        batch. Not where the engine's log-probabilities spare that pass."""
+        return self.config.keep_first_pass and self.config.ppo.minibatches == 1 and not self.trusts_engine
 
     def collector(self) -> TextCollector:
         config = self.config

@@ -86,6 +86,66 @@ def test_a_sequence_that_does_not_fit_alone_is_said():
         updated(small, batch, EVERYTHING)
 
 
+def attached_to(policy, batch, parts):
+    """The batch with the passes that the policy has made of the items in `parts`, their gradients not taken yet."""
+    passes = [(torch.tensor(items), policy.evaluate(batch.inputs.select(torch.tensor(items)))) for items in parts]
+    policy.evaluated.clear()
+    return replace(batch, attached=passes)
+
+
+class FullMemory(torch.autograd.Function):
+    """What a pass keeps is there, and its backward pass does not fit."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+
+def attached_update(policy, batch, config, passes=None):
+    """One update of the policy itself, of which the batch may have passes."""
+    descent = torch.optim.SGD(policy.parameters(), lr=0.5)
+    generator = torch.Generator().manual_seed(0)
+    budget = PassBudget(1024) if passes is None else passes
+    return update(policy, descent, batch, config, generator=generator, reduce=LocalReduce(), passes=budget)
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_passes_that_are_attached_still_are_the_first_step(epochs):
+    policy, batch = policy_and_batch()
+    config = replace(EVERYTHING, epochs=epochs)
+    expected, expected_metrics = updated(policy, batch, config)
+    attached = attached_to(policy, batch, [[5, 0, 3], [1, 2, 7], [4, 6]])
+    assert attached_update(policy, attached, config) == pytest.approx(expected_metrics, rel=1e-9)
+    assert len(policy.evaluated) == epochs - 1  # the first epoch asked nothing
+    same(flat(policy), flat(expected))
+
+
+def test_attached_passes_are_left_where_a_step_learns_from_a_part():
+    policy, batch = policy_and_batch()
+    config = replace(EVERYTHING, minibatches=2)
+    expected, _ = updated(policy, batch, config)
+    attached_update(policy, attached_to(policy, batch, [list(range(8))]), config)
+    assert len(policy.evaluated) == 6
+    same(flat(policy), flat(expected))
+
+
+def test_attached_passes_whose_gradient_does_not_fit_are_made_anew(capsys):
+    policy, batch = policy_and_batch()
+    expected, _ = updated(policy, batch, EVERYTHING)
+    attached = attached_to(policy, batch, [[0, 1, 2, 3], [4, 5, 6, 7]])
+    (_, fits), (items, output) = attached.attached
+    too_large = replace(output, logprobs=FullMemory.apply(output.logprobs))
+    batch = replace(attached, attached=[(attached.attached[0][0], fits), (items, too_large)])
+    budget = PassBudget(64)
+    attached_update(policy, batch, EVERYTHING, budget)
+    same(flat(policy), flat(expected))
+    assert "did not fit" in capsys.readouterr().out and budget.tokens < 64
+
+
 def test_a_refreshed_batch_is_what_the_later_epochs_learn():
     policy, batch = policy_and_batch()
     other = replace(batch, advantages=-2 * batch.advantages, returns=batch.returns + 1, old_values=batch.old_values - 1)
@@ -208,7 +268,7 @@ def test_a_dropped_decision_inside_an_item_changes_nothing():
         inputs=make_inputs(
             [3, 1, 3, 2, 5, 2, 1, 3], batch.inputs.states[kept].tolist(), batch.inputs.actions[kept].tolist()
         ),
-        **{f.name: getattr(batch, f.name)[kept] for f in fields(batch) if f.name != "inputs"},
+        **{f.name: getattr(batch, f.name)[kept] for f in fields(batch) if f.name not in ("inputs", "attached")},
     )
     same(flat(updated(policy, replace(batch, **dropped), EVERYTHING)[0]), flat(updated(policy, shorter, EVERYTHING)[0]))
 

@@ -108,7 +108,7 @@ def make_batch(
 def select_batch(batch: TrainBatch, items: Sequence[int]) -> TrainBatch:
     """The batch of these items only."""
     rows = rows_of(items, batch.inputs.decision_counts)
-    vectors = {f.name: getattr(batch, f.name)[rows] for f in fields(batch) if f.name != "inputs"}
+    vectors = {f.name: getattr(batch, f.name)[rows] for f in fields(batch) if f.name not in ("inputs", "attached")}
     return replace(batch, inputs=batch.inputs.select(torch.tensor(items)), **vectors)
 
 

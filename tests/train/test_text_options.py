@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import pytest
 import torch
 
 from heeler import Full, HeelerError, LoRA, PPOConfig, Sampling, TextConfig, TopLayers, train_text
 from heeler.policies.inputs import TokenInputs
-from heeler.policies.language_model import LanguageModelPolicy, ValueHead
+from heeler.policies.language_model import LanguageModelPolicy, SeparateCritic, ValueHead
 from heeler.policies.loading import load_causal_lm, load_tokenizer
 from heeler.policies.token_masks import MASKED, AllTokens, OnlyTokens, WithoutTokens, token_bias
 from heeler.ppo.advantages import AdvantageConfig
@@ -268,3 +269,61 @@ def test_sharing_prompts_changes_no_figure(
         assert {k: v for k, v in a.items() if v is not None} == pytest.approx(
             {k: v for k, v in b.items() if v is not None}, rel=1e-3, abs=1e-4
         )
+
+
+@pytest.mark.parametrize(
+    ("trainable", "critic", "others"),
+    [
+        (Full(), ValueHead(detach=False), {}),
+        (TopLayers(layers=1), ValueHead(), {"truncation": "bootstrap"}),
+        (TopLayers(layers=1), SeparateCritic(), {"activation_checkpointing": True}),
+        (Full(), SeparateCritic(), {"samples_per_prompt": 4}),
+        (LoRA(rank=2), ValueHead(), {}),
+        (Full(), ValueHead(), {"precision": "bf16"}),
+    ],
+    ids=str,
+)
+def test_the_pass_that_scores_is_the_first_one_of_the_update(
+    trainable: Any, critic: Any, others: dict[str, Any], tiny_llama: str, tmp_path: Path
+) -> None:
+    """The same numbers with a pass less: old policy and critic are evaluated once, in scoring."""
+    evaluate = LanguageModelPolicy.evaluate
+    told: list[list[dict[str, Any]]] = []
+    counts: list[int] = []
+    for keep in (True, False):
+        config = small(
+            tiny_llama, tmp_path / str(keep), trainable=trainable, critic=critic, keep_first_pass=keep, lr=1e-3,
+            old_logprobs="trainer", ppo=PPOConfig(epochs=2, minibatches=1, entropy_coef=0.01), **others,
+        )  # fmt: skip
+        with mock.patch.object(LanguageModelPolicy, "evaluate", autospec=True, side_effect=evaluate) as asked:
+            train_text(config, prompts=PROMPTS, reward=vowels, show=False)
+        told.append(numbers(tmp_path / str(keep)))
+        counts.append(asked.call_count)
+    kept, anew = told
+    assert counts == [4, 8]  # updates, and updates times epochs
+    loose = dict(rel=0.05, abs=0.02) if others.get("precision") == "bf16" else dict(rel=1e-3, abs=1e-5)
+    for ours, theirs in zip(kept[:2], anew[:2], strict=True):
+        assert {k for k, v in ours.items() if v is None} == {k for k, v in theirs.items() if v is None}
+        told_of = {k: v for k, v in theirs.items() if v is not None}
+        assert {k: ours[k] for k in told_of} == pytest.approx(told_of, **loose)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ppo": PPOConfig(epochs=1, minibatches=2)},
+        {"old_logprobs": "engine"},
+        {"ppo": PPOConfig(epochs=1, minibatches=1, token_budget=4)},
+    ],
+    ids=["a part of the batch", "no pass in scoring", "more than four passes"],
+)
+def test_no_pass_is_kept_where_the_update_cannot_begin_with_it(
+    changes: dict[str, Any], tiny_llama: str, tmp_path: Path
+) -> None:
+    kept: list[int] = []
+    config = small(tiny_llama, tmp_path / "run", updates=1, **{"old_logprobs": "trainer", **changes})
+    train_text(
+        config, prompts=PROMPTS, reward=vowels, show=False,
+        on_update=lambda report: kept.append(len(report.scored.attached)),
+    )  # fmt: skip
+    assert kept == [0]
