@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_LOGITS = 16 * 1024 * 1024  # logits held at once: 64 MiB in float32
+CHUNK_LOGITS = 9 * 1024 * 1024  # logits held at once: 36 MiB in float32, which large caches hold
 KEPT_PROBABILITIES = 96 * 1024 * 1024  # kept for the backward pass at most: 384 MiB
 
 
@@ -29,16 +29,17 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: fl
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
-def _softmax_parts(logits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`(logsumexp [c], probabilities [c, V], entropy [c])` in as few passes over the float32 logits as possible."""
+def _softmax_parts(logits: Tensor, keep_logits: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`(logsumexp [c], weights e [c, V], their sums [c, 1], entropy [c])` in few passes over the float32 logits.
+
+    The probabilities are e / sums; whoever needs them divides what is smaller. The logits are lost unless kept.
+    """
     top = logits.amax(-1, keepdim=True)
-    p = torch.sub(logits, top).exp_()
-    total = p.sum(-1, keepdim=True)
-    p.div_(total)
+    e = torch.sub(logits, top).exp_()
+    total = e.sum(-1, keepdim=True)
     lse = (top + total.log())[:, 0]
-    with torch.autocast(logits.device.type, enabled=False):  # which would round both to bf16
-        expected = torch.bmm(p[:, None], logits[:, :, None])[:, 0, 0]
-    return lse, p, lse - expected
+    expected = (torch.mul(e, logits) if keep_logits else logits.mul_(e)).sum(-1) / total[:, 0]
+    return lse, e, total, lse - expected
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -62,32 +63,32 @@ class _TokenLogprobs(torch.autograd.Function):
         unit = torch.empty_like(hidden) if keep else None  # d log p / d hidden
         unit_entropy = torch.empty_like(hidden) if keep and entropy_gradient else None
         few = n * weight.shape[0] <= KEPT_PROBABILITIES and not entropy_gradient
-        probabilities: list[Tensor] | None = [] if not frozen_head and few and any(ctx.needs_input_grad) else None
+        kept: list[Tensor] | None = [] if not frozen_head and few and any(ctx.needs_input_grad) else None
         for start in range(0, n, chunk):
             rows = slice(start, min(start + chunk, n))
             logits = _logits(hidden[rows], matrix, bias, temperature)  # (c, V)
             chosen = logits.gather(1, tokens[rows, None])[:, 0]
-            lse, p, h = _softmax_parts(logits)
+            lse, e, total, h = _softmax_parts(logits, keep_logits=unit_entropy is not None)
             logprobs[rows], entropy[rows] = chosen - lse, h
-            if probabilities is not None:
-                probabilities.append(p)
+            if kept is not None:
+                kept += [e, total]
             if unit is not None:
-                expected = torch.matmul(p.to(compute), matrix)
+                expected = torch.matmul(e.to(compute), matrix) / total
                 unit[rows] = (matrix[tokens[rows]] - expected) / temperature
             if unit_entropy is not None:
-                slope = p.mul_(logits.sub_((lse - h)[:, None])).neg_()  # -p * (log p + H)
-                unit_entropy[rows] = torch.matmul(slope.to(compute), matrix) / temperature
+                slope = e.mul_(logits.sub_((lse - h)[:, None])).neg_()  # -e * (log p + H)
+                unit_entropy[rows] = torch.matmul(slope.to(compute), matrix) / total / temperature
         ctx.temperature, ctx.chunk, ctx.entropy_gradient, ctx.frozen_head = (
             temperature,
             chunk,
             entropy_gradient,
             frozen_head,
         )
-        ctx.has_bias, ctx.few, ctx.compute = bias is not None, probabilities is not None, compute
+        ctx.has_bias, ctx.few, ctx.compute = bias is not None, kept is not None, compute
         if keep:
             ctx.save_for_backward(*[x for x in (unit, unit_entropy) if x is not None])
         else:
-            ctx.save_for_backward(given, weight, tokens, *([] if bias is None else [bias]), *(probabilities or []))
+            ctx.save_for_backward(given, weight, tokens, *([] if bias is None else [bias]), *(kept or []))
         if not entropy_gradient:
             ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
@@ -110,16 +111,17 @@ class _TokenLogprobs(torch.autograd.Function):
             rows = slice(start, min(start + ctx.chunk, hidden.shape[0]))
             states = hidden[rows].to(ctx.compute)
             if kept is not None:
-                p, log_ratio = kept[start // ctx.chunk], None
+                at = 2 * (start // ctx.chunk)
+                e, total, log_ratio = kept[at], kept[at + 1], None
             else:
                 logits = _logits(states, matrix, bias, ctx.temperature)
-                lse, p, h = _softmax_parts(logits)
+                lse, e, total, h = _softmax_parts(logits, keep_logits=ctx.entropy_gradient)
                 log_ratio = logits.sub_((lse - h)[:, None]) if ctx.entropy_gradient else None  # log p + H
-            slope = p * -grad_logprobs[rows, None]
+            slope = e * (-grad_logprobs[rows, None] / total)
             slope.scatter_add_(1, tokens[rows, None], grad_logprobs[rows, None])
             if log_ratio is not None:
-                slope.addcmul_(p.mul_(-grad_entropy[rows, None]), log_ratio)
-            slope = (slope / ctx.temperature).to(ctx.compute)
+                slope.addcmul_(e.mul_(-grad_entropy[rows, None] / total), log_ratio)
+            slope = (slope if ctx.temperature == 1.0 else slope / ctx.temperature).to(ctx.compute)
             grad_hidden[rows] = torch.matmul(slope, matrix).to(hidden.dtype)
             if ctx.compute == weight.dtype:
                 grad_weight.addmm_(slope.t(), states)

@@ -9,12 +9,14 @@ from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from heeler.policies.attention import use_fast_attention
 from heeler.policies.language_model import LanguageModelPolicy, TopLayers, ValueHead
 from heeler.policies.loading import context_length, load_causal_lm, load_tokenizer
 from heeler.rollout.engines.batch import PART_TOKENS, similar_lengths
-from heeler.rollout.engines.draws import cut, draw_seed, sample
+from heeler.rollout.engines.draws import cut, draw_seed, first_beyond, sample
 from heeler.rollout.engines.hf import HFEngine
 from heeler.rollout.engines.native import NativeEngine
 from heeler.rollout.engines.packing import Blocks, library_for
@@ -418,6 +420,35 @@ def test_the_draw_follows_the_distribution() -> None:
     assert int(counts[5]) == 0
     assert float(((counts[:5] - expected) ** 2 / expected).sum()) < 18.5  # 0.1 % quantile at 4 degrees of freedom
     torch.testing.assert_close(logprobs, logits.log_softmax(-1)[tokens])
+
+
+@given(st.integers(1, 700), st.integers(0, 2**32 - 1))
+@settings(max_examples=60, deadline=None)
+def test_the_first_beyond_is_that_of_a_plain_loop(columns: int, seed: int) -> None:
+    """Whole numbers, so that no sum is rounded; most of them 0, which must never be chosen."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = torch.randint(-6, 4, (5, columns), generator=generator).clamp_(min=0).float()
+    weights[:, torch.randint(columns, (1,), generator=generator)] = 1.0
+    whole = weights.sum(1, keepdim=True)
+    u = torch.randint(2**10, (5, 1), generator=generator) / 2**10
+    found, total = first_beyond(weights, u)
+    assert torch.equal(total, whole)
+    for row, numbers in enumerate(weights.tolist()):
+        reached, at = 0.0, -1
+        while reached <= float(u[row] * whole[row]):
+            at += 1
+            reached += numbers[at]
+        assert int(found[row]) == at
+
+
+def test_rounding_never_draws_what_cannot_be_drawn() -> None:
+    """Sums of blocks and running sums round differently; the largest u must still find a token of weight."""
+    weights = torch.rand(400, 3000, generator=torch.Generator().manual_seed(0)) ** 8
+    weights[:, ::256] = weights[:, 255::256] = weights[:, -5:] = 0.0
+    edges = weights[:, : 256 * 4].double().sum(1, keepdim=True) / weights.double().sum(1, keepdim=True)
+    for u in (torch.zeros(400, 1), edges.float(), torch.full((400, 1), 1 - 2**-24), torch.ones(400, 1)):
+        found, _ = first_beyond(weights, u)
+        assert bool((weights.gather(1, found) > 0).all())
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (0, 0.7), (5, 0.6), (0, 1e-6), (1, 1.0), (99, 1.0)])

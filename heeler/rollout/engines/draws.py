@@ -50,16 +50,43 @@ def sample(logits: Tensor, u: Tensor, sampling: Sampling, bias: Tensor | None = 
 
     That is softmax((logits + bias) / temperature) of `logits [B, V]`, after top-k and top-p where `sampling` has them.
     """
-    logits = logits.float()
+    given, logits = logits, logits.float()
     if bias is not None:
         logits = logits + bias
     if sampling.temperature != 1.0:
         logits = logits / sampling.temperature
     logits = cut(logits, sampling.top_k, sampling.top_p)
     top = logits.amax(-1, keepdim=True)
-    weights = torch.sub(logits, top).exp_()
-    lse = top + weights.sum(-1, keepdim=True).log_()
-    cumulative = weights.cumsum_(-1)
-    threshold = (u.to(logits.device) * cumulative[:, -1])[:, None]
-    tokens = torch.searchsorted(cumulative, threshold, right=True).clamp_(max=logits.shape[1] - 1)
-    return tokens[:, 0], (logits.gather(1, tokens) - lse)[:, 0]
+    own = logits is not given  # a copy, which may be changed
+    weights = (logits.sub_(top) if own else logits - top).exp_()
+    tokens, total = first_beyond(weights, u.to(logits.device)[:, None])
+    return tokens[:, 0], (weights.gather(1, tokens).log_() - total.log_())[:, 0]
+
+
+BLOCK = 256  # weights whose sums are searched first
+
+
+def first_beyond(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    """The first `[B, 1]` whose cumulative sum exceeds u times the whole, of `weights [B, V]`; and the whole `[B, 1]`.
+
+    The sums of blocks are searched first, then the one block: two reads of the weights and no cumulative sum of them.
+    """
+    rows, columns = weights.shape
+    whole_blocks = columns // BLOCK
+    sums = weights[:, : whole_blocks * BLOCK].view(rows, whole_blocks, BLOCK).sum(-1)
+    if whole_blocks * BLOCK < columns:
+        sums = torch.cat([sums, weights[:, whole_blocks * BLOCK :].sum(-1, keepdim=True)], dim=1)
+    up_to = sums.cumsum(-1)
+    total = up_to[:, -1:].clone()
+    threshold = u * total
+    block = _first(up_to, threshold)
+    before = up_to.gather(1, block) - sums.gather(1, block)
+    places = block * BLOCK + torch.arange(BLOCK, device=weights.device)  # [B, BLOCK]
+    inside = weights.gather(1, places.clamp(max=columns - 1)).masked_fill_(places >= columns, 0.0).cumsum_(-1)
+    return block * BLOCK + _first(inside, (threshold - before).clamp_(min=0.0)), total
+
+
+def _first(cumulative: Tensor, threshold: Tensor) -> Tensor:
+    """The first column beyond the threshold; where rounding leaves none, the last one that adds anything."""
+    last = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
+    return torch.minimum(torch.searchsorted(cumulative, threshold, right=True), last)
