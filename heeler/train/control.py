@@ -41,7 +41,7 @@ from heeler.runtime.runs import RunFolder, read_json, write_json
 from heeler.train.evaluate_control import GymPolicy, evaluate_policy, make_picture_env
 from heeler.train.ppo import Revalue, Score, TrainState
 from heeler.train.run import OnUpdate, Run, at_least, begin, default_out, new_folder, restore, resume
-from heeler.train.scoring import LOGPROB_TOLERANCE, check_paths
+from heeler.train.scoring import LOGPROB_TOLERANCE, check_paths, mean_size
 from heeler.types import (
     ActionSpec,
     CheckFailed,
@@ -252,8 +252,8 @@ def make_score(run: GymRun) -> Score:
         old, values, bootstrap = read_rollout(policy, rollout, state.passes.tokens)
         if bool((rollout.policy_versions != state.step).any()):
             raise CheckFailed(f"the environments were stepped with other weights than those of update {state.step}")
-        gap = (rollout.behavior_logprobs - old).abs()
-        check_paths(gap, torch.zeros_like(gap), state.step, LOGPROB_TOLERANCE["fp32"])
+        gap = mean_size(rollout.behavior_logprobs - old, run.reduce)
+        check_paths(gap, 0.0, state.step, LOGPROB_TOLERANCE["fp32"])
         rewards = rollout.step_rewards.to(old.dtype)
         scores = segment_sums(rewards, rollout.offsets)
         learned = rewards.sign() if signed else rewards
@@ -276,7 +276,7 @@ def make_score(run: GymRun) -> Score:
             "kl/ref": 0.0,  # there is no reference
             "completion/length": float(lengths.mean()) if some else math.nan,
             "completion/truncated_fraction": float((~rollout.terminated).float().mean()),
-            "engine/logprob_gap": float(gap.mean()),
+            "engine/logprob_gap": gap,
         }
 
     return score

@@ -23,7 +23,6 @@ from heeler.rewards.functions import RewardFunction
 from heeler.rewards.weighted import WeightedSum
 from heeler.rollout.dialogue import Dialogue, DialogueCollector, DialogueRollout, dialogue_rollout
 from heeler.rollout.text import samples_of
-from heeler.runtime.reduce import LocalReduce
 from heeler.runtime.runs import RunFolder
 from heeler.train.ppo import UpdateReport
 from heeler.train.run import at_least, begin, default_out, new_folder, resume
@@ -72,7 +71,7 @@ class DialogueRun(TextRun):
         return DialogueCollector(
             self.engine, self.tokenizer, self.prompts, self.dialogue,
             prompts_per_update=config.prompts_per_update, samples_per_prompt=config.samples_per_prompt,
-            seed=config.seed, reduce=LocalReduce(), device=self.policy.device,
+            seed=config.seed, reduce=self.reduce, device=self.policy.device,
         )  # fmt: skip
 
     def rollout(self, prompts: PromptSet, seeds: Sequence[int]) -> DialogueRollout:

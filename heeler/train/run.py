@@ -19,7 +19,7 @@ from heeler.runtime.progress import progress, say
 from heeler.runtime.reduce import LocalReduce
 from heeler.runtime.runs import RunFolder, read_json
 from heeler.train.ppo import LoopConfig, Revalue, Score, TrainState, UpdateReport, train_loop
-from heeler.types import Collector, HeelerError, Unavailable
+from heeler.types import Collector, HeelerError, Reduce, Unavailable
 
 COUNTERS = ("step", "kl_coef", "decisions", "episodes", "seconds")
 OnUpdate = Callable[[UpdateReport], None]
@@ -44,6 +44,7 @@ class Run:
         folder: where it is written; None until training begins.
         notes: what was chosen at start, for the log and config.json.
         summary: becomes summary.json.
+        reduce: sums over the processes of the run.
     """
 
     verb = ""
@@ -55,6 +56,7 @@ class Run:
     folder: RunFolder | None = None
     notes: list[str]
     summary: dict[str, Any] = field(default_factory=dict[str, Any])
+    reduce: Reduce = field(default_factory=LocalReduce)
 
     def collector(self) -> Collector:
         raise NotImplementedError
@@ -242,7 +244,7 @@ def _train_and_export(run: Run, on_update: OnUpdate | None, show: bool) -> None:
             return not interrupted.is_set()
 
         try:
-            train_loop(state, collector, run.score(), config, LocalReduce(), after_update, run.revalue())
+            train_loop(state, collector, run.score(), config, run.reduce, after_update, run.revalue())
         except Unavailable:
             if run.rollouts_are_pure and folder.last_checkpoint() != state.step:
                 machine.restore_random_states(random)  # the reward that failed may have drawn some

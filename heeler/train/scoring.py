@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -13,9 +14,8 @@ from heeler.ppo.kl import kl_estimate, next_kl_coef
 from heeler.ppo.minibatches import budgeted_microbatches, decision_indices
 from heeler.ppo.moments import moments, whiten
 from heeler.ppo.shaping import segment_sums, segment_weights, shape_rewards
-from heeler.runtime.reduce import LocalReduce
 from heeler.train.ppo import TrainState
-from heeler.types import CheckFailed, HeelerError, PolicyOutput, Rollout, ScoredRollout
+from heeler.types import CheckFailed, HeelerError, PolicyOutput, Reduce, Rollout, ScoredRollout
 
 if TYPE_CHECKING:
     from heeler.policies.language_model import LanguageModelPolicy
@@ -30,7 +30,7 @@ PROBED = 4  # sequences, or an eighth, that the trainer scores too where the eng
 
 def make_score(run: TextRun) -> Callable[[Rollout, TrainState], tuple[ScoredRollout, dict[str, float]]]:
     """The scoring stage: rewards, old and reference log-probabilities, values, KL shaping, and its checks."""
-    config, policy, reduce = run.config, run.policy, LocalReduce()
+    config, policy, reduce = run.config, run.policy, run.reduce
     tolerance = LOGPROB_TOLERANCE[policy.precision]
 
     def score(rollout: Rollout, state: TrainState) -> tuple[ScoredRollout, dict[str, float]]:
@@ -94,8 +94,8 @@ def make_score(run: TextRun) -> Callable[[Rollout, TrainState], tuple[ScoredRoll
         gaps = [] if run.trusts_engine else [behavior - old]
         if run.trusts_engine or inputs.trunk_states is not None:  # which are the engine's too
             gaps.append(probe(policy, inputs, behavior))
-        gap = max((gap.abs() for gap in gaps), key=lambda gap: float(gap.mean().nan_to_num(torch.inf)))
-        check_paths(gap, old - ref, state.step, tolerance)
+        gap = max((mean_size(gap, reduce) for gap in gaps), key=lambda size: math.inf if math.isnan(size) else size)
+        check_paths(gap, mean_size(old - ref, reduce), state.step, tolerance)
         # A policy that has not moved pays no penalty: Adam would make whole steps of the gradient of rounding errors.
         apart = torch.where((old - ref).abs() > ROUNDING, ref, old)
         kl = kl_estimate(old, apart, config.kl_estimator)
@@ -127,7 +127,7 @@ def make_score(run: TextRun) -> Callable[[Rollout, TrainState], tuple[ScoredRoll
             "kl/coef": state.kl_coef,
             "completion/length": float(moments(rollout.offsets.diff().float(), ones, reduce)[0]),
             "completion/truncated_fraction": float(moments(cut.float(), ones, reduce)[0]),
-            "engine/logprob_gap": float(gap.mean()),
+            "engine/logprob_gap": gap,
             **{name: float(moments(x.float(), ones, reduce)[0]) for name, x in run.episode_figures(rollout).items()},
         }
         state.kl_coef = next_kl_coef(config.kl, state.kl_coef, mean_kl, len(scores) * reduce.world_size)
@@ -145,22 +145,31 @@ def probe(policy: LanguageModelPolicy, inputs: TokenInputs, logprobs: torch.Tens
     return logprobs[decision_indices(items, inputs.decision_counts)] - policy.logprobs(alone)
 
 
-def check_paths(gap: torch.Tensor, from_reference: torch.Tensor, step: int, tolerance: float) -> None:
-    """Engine against trainer (every rollout is the probe of the publish before it), and policy against reference."""
-    if not bool(torch.isfinite(gap).all() and torch.isfinite(from_reference).all()):
+def mean_size(differences: torch.Tensor, reduce: Reduce) -> float:
+    """The mean absolute value, over all processes."""
+    sums = torch.tensor([float(differences.abs().sum()), float(len(differences))], dtype=torch.float64)
+    total, count = (float(x) for x in reduce.sum(sums))
+    return total / count if count else 0.0
+
+
+def check_paths(gap: float, from_reference: float, step: int, tolerance: float) -> None:
+    """Engine against trainer (every rollout is the probe of the publish before it), and policy against reference.
+
+    Both are mean absolute differences in nats a token, of all processes, so all of them stop or none.
+    """
+    if not (math.isfinite(gap) and math.isfinite(from_reference)):
         raise CheckFailed(
             "a log-probability is not finite: the model's weights or logits hold NaN; lower the learning rate"
         )
-    mean_gap = float(gap.mean())
-    if mean_gap > tolerance:
+    if gap > tolerance:
         raise CheckFailed(
-            f"engine and trainer differ by {mean_gap:.2g} nats a token (tolerance {tolerance:g}) at update {step + 1}"
+            f"engine and trainer differ by {gap:.2g} nats a token (tolerance {tolerance:g}) at update {step + 1}"
             ": the engine samples other weights or another distribution than the trainer scores; look at publish, at"
             " the temperature, and at the precision of both"
         )
-    if step == 0 and float(from_reference.abs().mean()) > tolerance:
+    if step == 0 and from_reference > tolerance:
         raise CheckFailed(
-            f"policy and reference differ by {float(from_reference.abs().mean()):.2g} nats a token before the first"
+            f"policy and reference differ by {from_reference:.2g} nats a token before the first"
             " update: they must be the same model on the same numeric path; look at the reference's weights"
         )
 

@@ -39,7 +39,6 @@ from heeler.runtime import machine
 from heeler.runtime.configs import from_json
 from heeler.runtime.passes import PassBudget, pass_budget
 from heeler.runtime.progress import progress
-from heeler.runtime.reduce import LocalReduce
 from heeler.runtime.runs import RunFolder
 from heeler.train.evaluate import Evaluation, evaluate_text
 from heeler.train.optimizers import AdamW, check_installed, make_adamw
@@ -189,7 +188,7 @@ class TextRun(Run):
         return TextCollector(
             self.engine, self.tokenizer, self.prompts, config.sampling,
             prompts_per_update=config.prompts_per_update, samples_per_prompt=config.samples_per_prompt,
-            seed=config.seed, reduce=LocalReduce(), device=self.policy.device,
+            seed=config.seed, reduce=self.reduce, device=self.policy.device,
         )  # fmt: skip
 
     def score(self) -> Score:
