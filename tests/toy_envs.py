@@ -231,3 +231,14 @@ class Pictures(gym.Env):
 
 def double_reward(env: gym.Env) -> gym.Env:
     return gym.wrappers.TransformReward(env, lambda r: 2 * r)
+
+
+class BlowsUp(OneState):
+    """The last observation of an episode of 3 steps is infinite; the first of the next is not."""
+
+    def __init__(self) -> None:
+        super().__init__(limit=3)
+
+    def step(self, action: Any) -> Any:
+        observation, *rest = super().step(action)
+        return observation if self.t < self.limit else observation + np.inf, *rest

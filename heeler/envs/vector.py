@@ -15,13 +15,15 @@ import multiprocessing
 import re
 import signal
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import tyro
 
+from heeler.envs.checks import check_mask_size
 from heeler.envs.spaces import MASK_KEY, Array, ObservationReader, Observations, action_spec, to_environment
 from heeler.runtime.packages import did_you_mean, load_function, require
 from heeler.types import HeelerError
@@ -314,7 +316,6 @@ class VectorEnvironment:
         self.actions = action_spec(single_actions, config.id)
         mode = getattr(env, "metadata", {}).get("autoreset_mode") if not isinstance(config.backend, EnvPool) else None
         self.same_step = str(getattr(mode, "value", mode)) == "SameStep"
-        self.quiet = isinstance(config.backend, Async)
         self.space = single_observations
         self.masked = False
         self._over = np.zeros(self.num_envs, dtype=bool)
@@ -324,10 +325,11 @@ class VectorEnvironment:
     def reset(self, seed: int | None) -> tuple[Observations, Array | None]:
         """Start an episode in every environment; observations and masks."""
         try:
-            if isinstance(self.config.backend, EnvPool):
-                observations, info = self.env.reset()
-            else:
-                observations, info = self.env.reset(seed=seed)
+            with self._quietly():
+                if isinstance(self.config.backend, EnvPool):
+                    observations, info = self.env.reset()
+                else:
+                    observations, info = self.env.reset(seed=seed)
         except Exception as error:
             raise HeelerError(f"{self.config.id} failed in reset: {_told(error)}") from error
         self._over = np.zeros(self.num_envs, dtype=bool)
@@ -338,11 +340,7 @@ class VectorEnvironment:
         """Take one action (as stored by the collector) in each environment."""
         sent = to_environment(self.actions, actions)
         try:
-            if self.quiet:
-                with warnings.catch_warnings():  # it announces a worker's error before it raises it
-                    warnings.simplefilter("ignore")
-                    observations, rewards, terminated, truncated, info = self.env.step(sent)
-            else:
+            with self._quietly():
                 observations, rewards, terminated, truncated, info = self.env.step(sent)
         except Exception as error:
             raise HeelerError(
@@ -365,10 +363,24 @@ class VectorEnvironment:
                 lost_life &= ~dummies
             self._lives = lives
         self._over = over
+        masked = self.masked
+        masks = self._masks(observations, info, None if self.same_step else over)
+        if masks is not None and not masked:
+            raise HeelerError(f"{self.config.id} gives action masks in step, but gave none in reset: give them in both")
         return Step(
             self.reader.read(observations), np.asarray(rewards, dtype=np.float64), terminated, truncated,
-            lost_life, dummies, final, self._masks(observations, info, None if self.same_step else over),
+            lost_life, dummies, final, masks,
         )  # fmt: skip
+
+    @contextmanager
+    def _quietly(self) -> Iterator[None]:
+        """Without what Gymnasium announces of a worker's error before it raises it."""
+        if not isinstance(self.config.backend, Async):
+            yield
+            return
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
 
     def _final(self, info: Mapping[str, Any], indices: Array) -> Observations:
         """The last observations of the episodes that ended: Gymnasium gives one object each, ale-py a dense array."""
@@ -384,13 +396,6 @@ class VectorEnvironment:
         lives = info.get("lives")
         return None if lives is None else np.array(lives)
 
-    def _check_mask_size(self, size: int) -> None:
-        if size != self.actions.mask_size:
-            raise HeelerError(
-                f"{self.config.id} gives an action mask of {size} entries, but its actions need"
-                f" {self.actions.mask_size or 'none: only Discrete and MultiDiscrete actions can be masked'}"
-            )
-
     def _masks(self, observations: Any, info: Mapping[str, Any], over: Array | None = None) -> Array | None:
         masks = self.reader.masks(observations)
         if masks is None:
@@ -403,12 +408,12 @@ class VectorEnvironment:
                     if present is None or present[i]:  # where an episode has ended there may be none
                         parts = given[i] if isinstance(given[i], tuple) else (given[i],)
                         row = np.concatenate([np.ravel(part) for part in parts])
-                        self._check_mask_size(len(row))
+                        check_mask_size(self.actions, len(row), self.config.id)
                         masks[i] = row.astype(bool)
         self.masked = True
         if over is not None:
             masks[over] = True  # no decision is made there
-        self._check_mask_size(masks.shape[1])
+        check_mask_size(self.actions, masks.shape[1], self.config.id)
         return masks
 
     def save_state(self) -> dict[str, Any] | None:

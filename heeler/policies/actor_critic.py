@@ -24,7 +24,7 @@ from heeler.policies.distributions import (
 from heeler.policies.fused import FusedMLP, fuse
 from heeler.policies.networks import Body, Network, build_encoder, orthogonal
 from heeler.policies.steps import Observed, Segments, Steps, count, pick
-from heeler.types import ActionSpec, HeelerError, ObservationSpec, PolicyOutput
+from heeler.types import ActionSpec, CheckFailed, HeelerError, ObservationSpec, PolicyOutput
 
 SMALLEST_VARIANCE = 1e-6  # of gSDE, where every feature is 0
 
@@ -257,13 +257,21 @@ class ActorCritic(nn.Module):
             states: memory `[n, D]`; zeros where None.
             masks: `[n, M]` bool.
             noise: from `draw_noise`; the most likely actions where None.
+
+        Raises:
+            CheckFailed: the networks put out something that is not finite, of which the largest would be action 0.
         """
         seen = as_tensors(observations, self.device)
         if self.recurrent and states is None:
             states = torch.zeros(count(seen), self.state_size, device=self.device)
         parameters, _, states = self.parameters_and_values(self.normalize(seen), 1, states)
-        std = self.standard_deviations()
-        actions = draw(self.actions.kind, self.actions.sizes, parameters.cpu().numpy(), noise, std, masks)
+        said = parameters.cpu().numpy()
+        if not np.isfinite(said.sum()):
+            raise CheckFailed(
+                "the policy's outputs are not finite, although the observations are: train it again with a lower"
+                " learning rate"
+            )
+        actions = draw(self.actions.kind, self.actions.sizes, said, noise, self.standard_deviations(), masks)
         return actions, states
 
 

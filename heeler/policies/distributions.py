@@ -148,16 +148,21 @@ def _categorical(logits: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
     return chosen, -(logprobs.exp() * logprobs).sum(1)
 
 
-def check_masks(masks: Array, sizes: tuple[int, ...], where: str) -> None:
-    """Refuse masks `[n, M]` that leave a component nothing to choose."""
+def check_masks(masks: Array, sizes: tuple[int, ...], where: str, when: str = "") -> None:
+    """Refuse masks `[n, M]` that leave a component nothing to choose.
+
+    `when` says in words which step they belong to. A single mask without it is of no vector environment, so no number
+    is told.
+    """
     start = 0
     for component, size in enumerate(sizes):
         allowed = masks[:, start : start + size].any(axis=1)
         if not allowed.all():
             env = int(np.flatnonzero(~allowed)[0])
             part = f" of component {component}" if len(sizes) > 1 else ""
+            place = f", environment {env},{f' {when},' if when else ''}" if when or len(masks) > 1 else ""
             raise HeelerError(
-                f"the action mask of {where}, environment {env}, forbids every action{part}: at least one must be"
-                " allowed; let the episode end instead"
+                f"the action mask of {where}{place} forbids every action{part}: at least one must be allowed; let the"
+                " episode end instead"
             )
         start += size

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from heeler.envs.checks import LAST_OBSERVATION, check_observations, check_rewards
 from heeler.envs.vector import VectorEnvironment
 from heeler.policies.actor_critic import ActorCritic
 from heeler.policies.distributions import check_masks, draw
@@ -21,7 +22,7 @@ from heeler.policies.steps import Observed, Segments, Steps
 from heeler.ppo.moments import RunningMoments
 from heeler.rollout.actors import Actor, choose_actor
 from heeler.runtime.reduce import LocalReduce
-from heeler.types import CheckFailed, HeelerError, Rollout
+from heeler.types import CheckFailed, Rollout
 
 Array = np.ndarray[Any, Any]
 
@@ -68,6 +69,10 @@ def _flat(buffer: Any, indices: Array | None, length: int) -> Any:
         return {name: _flat(part, indices, length) for name, part in buffer.items()}
     flat = buffer[:, :length].reshape(-1, *buffer.shape[2:])
     return torch.from_numpy(flat if indices is None else flat[indices])
+
+
+def _step_of(buffer: Any, t: int) -> Any:
+    return {name: part[:, t] for name, part in buffer.items()} if isinstance(buffer, dict) else buffer[:, t]
 
 
 def _at(buffer: Any, env: Array, t: Array) -> Any:
@@ -143,7 +148,7 @@ class VectorCollector:
                 _store(seen, t, shown)
             if masks is not None:
                 assert self.masks is not None
-                check_masks(self.masks, actions_spec.sizes, env.config.id)
+                check_masks(self.masks, actions_spec.sizes, env.config.id, f"step {t} of update {step + 1}")
                 masks[:, t] = self.masks
             if self.states is not None:
                 memories.append(self.states)
@@ -163,12 +168,10 @@ class VectorCollector:
             if result.lost_life is not None:
                 cut[:, t] = result.lost_life
             if result.final is not None:
-                self._check_final(*result.final, t, step)
-                finals.append((t, *result.final))
-            if masks is None and result.masks is not None:
-                raise HeelerError(
-                    f"{env.config.id} gives action masks in step, but gave none in reset: give them in both"
-                )
+                indices, last = result.final
+                when = f"step {t + 1} of update {step + 1}"
+                check_observations(last, env.config.id, when, indices, LAST_OBSERVATION)
+                finals.append((t, indices, last))
             self.masks = result.masks
             if result.dummies is not None:
                 valid[:, t] = ~result.dummies
@@ -181,7 +184,7 @@ class VectorCollector:
         _store(raw, length, observations)
         if normalize is not None:
             _store(seen, length, normalize(observations))
-        self.observations = {k: v[:, length] for k, v in raw.items()} if isinstance(raw, dict) else raw[:, length]
+        self.observations = _step_of(raw, length)
         self._check_finite(raw, rewards, step)
 
         # pack: environment after environment, without the dummies
@@ -310,39 +313,16 @@ class VectorCollector:
         if not (fine and np.isfinite(rewards).all()):
             self._complain(raw, rewards, self.num_steps, step)
 
-    def _check_final(self, indices: Array, final: Any, t: int, step: int) -> None:
-        vectors = final.get("vector") if isinstance(final, dict) else final
-        if vectors is None or vectors.dtype == np.uint8 or np.isfinite(vectors).all():
-            return
-        row = int(np.flatnonzero(~np.isfinite(vectors).all(axis=1))[0])
-        raise CheckFailed(
-            f"{self.env.config.id} showed a number that is not finite in the last observation of an episode, in"
-            f" environment {int(indices[row])}, step {t + 1} of update {step + 1}: mend the environment"
-        )
-
     def _complain(self, raw: Any, rewards: Array, t: int, step: int) -> None:
         """Name what is not finite among the first t + 1 steps."""
-        id = self.env.config.id
-        vectors = raw.get("vector") if isinstance(raw, dict) else raw
-        if vectors is not None and vectors.dtype != np.uint8:
-            bad = ~np.isfinite(vectors[:, : t + 1]).all(axis=2)
-            if bad.any():
-                when, env = (int(i) for i in np.argwhere(bad.T)[0])
-                entry = int(np.flatnonzero(~np.isfinite(vectors[env, when]))[0])
-                value = float(vectors[env, when, entry])
-                raise CheckFailed(
-                    f"{id} showed {value} in entry {entry} of the observation of environment {env}, in step {when} of"
-                    f" update {step + 1}: mend the environment, or wrap it so that observations stay finite"
-                )
-        bad_rewards = ~np.isfinite(rewards[:, : min(t + 1, rewards.shape[1])])
-        if t == self.num_steps and bad_rewards.any():
-            when, env = (int(i) for i in np.argwhere(bad_rewards.T)[0])
-            raise CheckFailed(
-                f"{id} gave the reward {rewards[env, when]} in environment {env}, in step {when + 1} of update"
-                f" {step + 1}: mend the environment's reward"
-            )
+        id, update = self.env.config.id, step + 1
+        for when in range(t + 1):
+            check_observations(_step_of(raw, when), id, f"step {when} of update {update}")
+        if t == self.num_steps:
+            for when in range(t):
+                check_rewards(rewards[:, when], id, f"step {when + 1} of update {update}")
         raise CheckFailed(
-            f"the policy's outputs are not finite in step {t + 1} of update {step + 1}, although the observations are:"
+            f"the policy's outputs are not finite in step {t + 1} of update {update}, although the observations are:"
             " lower the learning rate"
         )
 

@@ -519,4 +519,4 @@ def load_policy(path: str | Path, *, deterministic: bool = True, seed: int = 0) 
     env = make_picture_env(config.env) if isinstance(config.env.backend, AtariBackend) else make_one(config.env)
     space = env.observation_space
     env.close()
-    return GymPolicy(policy, space, deterministic=deterministic, seed=seed)
+    return GymPolicy(policy, space, deterministic=deterministic, seed=seed, name=config.env.id)

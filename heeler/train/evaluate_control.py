@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from heeler.envs.checks import LAST_OBSERVATION, check_mask_size, check_observations, check_rewards
 from heeler.envs.spaces import MASK_KEY, ObservationReader, to_environment
 from heeler.envs.vector import Atari, EnvConfig, EnvPool, make_one, make_vector
 from heeler.policies.actor_critic import ActorCritic
-from heeler.policies.distributions import draw_noise
+from heeler.policies.distributions import check_masks, draw_noise
 from heeler.runtime.packages import require
 from heeler.runtime.progress import progress, say
 from heeler.types import HeelerError
@@ -34,6 +35,9 @@ def evaluate_policy(
 
     Returns:
         `reward` and `reward/std` (of undiscounted raw returns), `length` (decisions), `episodes`.
+
+    Raises:
+        HeelerError: an environment fails, shows or pays something that is not finite, or forbids every action.
     """
     num_envs = min(episodes, 16)
     each = -(-episodes // num_envs)
@@ -49,6 +53,8 @@ def evaluate_policy(
     so_far, steps = np.zeros(num_envs), np.zeros(num_envs, dtype=np.int64)
     try:
         observations, masks = env.reset(seed)
+        played = 0
+        _check(policy, config.id, "step 0 of the evaluation", observations, masks)
         states = torch.zeros(num_envs, policy.state_size, device=policy.device) if policy.recurrent else None
         while any(len(r) < each for r in returns):
             noise = None
@@ -57,6 +63,12 @@ def evaluate_policy(
             actions, states = policy.predict(observations, states, masks=masks, noise=noise)
             step = env.step(actions)
             observations, masks = step.observations, step.masks
+            played += 1
+            when = f"step {played} of the evaluation"
+            check_rewards(step.rewards, config.id, when)
+            _check(policy, config.id, when, observations, masks)
+            if step.final is not None:
+                check_observations(step.final[1], config.id, when, step.final[0], LAST_OBSERVATION)
             real = np.ones(num_envs, dtype=bool) if step.dummies is None else ~step.dummies
             so_far += step.rewards * real
             steps += real
@@ -88,6 +100,13 @@ def evaluate_policy(
     }
 
 
+def _check(policy: ActorCritic, id: str, when: str, observations: Any, masks: Any) -> None:
+    """Refuse what no action can be chosen by."""
+    check_observations(observations, id, when)
+    if masks is not None:
+        check_masks(masks, policy.actions.sizes, id, when)
+
+
 class GymPolicy:
     """A trained policy that acts on an environment's own observations.
 
@@ -100,13 +119,20 @@ class GymPolicy:
         observation_space: of a single environment.
         deterministic: take the most likely action; draw where False.
         seed: of the draws.
+        name: of the environment, in messages.
     """
 
     def __init__(
-        self, actor_critic: ActorCritic, observation_space: Any, *, deterministic: bool = True, seed: int = 0
+        self,
+        actor_critic: ActorCritic,
+        observation_space: Any,
+        *,
+        deterministic: bool = True,
+        seed: int = 0,
+        name: str = "the environment",
     ) -> None:
         self.actor_critic, self.space, self.deterministic = actor_critic, observation_space, deterministic
-        self.reader = ObservationReader(observation_space, "the environment")
+        self.reader = ObservationReader(observation_space, name)
         self.generator = np.random.default_rng(seed)
         self.state: torch.Tensor | None = None
 
@@ -119,8 +145,13 @@ class GymPolicy:
 
         Args:
             observation: what `env.reset` or `env.step` returned.
-            mask: allowed actions, where they are not part of the observation.
+            mask: allowed actions, where they are not part of the observation; of MultiDiscrete actions the components'
+                masks behind one another, or a tuple of them.
             deterministic: overrides the policy's own choice.
+
+        Raises:
+            HeelerError: the observation is of another space or not finite, or the mask has another size or forbids
+                every action.
         """
         from gymnasium.vector.utils import concatenate, create_empty_array
 
@@ -131,15 +162,21 @@ class GymPolicy:
                 f"the observation does not fit the space {self.space} that the policy was trained on: look at its"
                 " shape and dtype, and at the wrappers of the environment"
             ) from error
-        masks = self.reader.masks(batch) if mask is None else np.asarray(mask).reshape(1, -1).astype(bool)
+        seen, spec, name = self.reader.read(batch), self.actor_critic.actions, self.reader.where
+        check_observations(seen, name)
+        if mask is None:
+            masks = self.reader.masks(batch)
+        else:
+            masks = np.concatenate([np.ravel(part) for part in mask])[None].astype(bool)
+        if masks is not None:
+            check_mask_size(spec, masks.shape[1], name)
+            check_masks(masks, spec.sizes, name)
         noise = None
         if not (self.deterministic if deterministic is None else deterministic):
-            noise = draw_noise(
-                self.actor_critic.actions.kind, self.generator, (1, self.actor_critic.actions.num_parameters)
-            )
-        actions, self.state = self.actor_critic.predict(self.reader.read(batch), self.state, masks=masks, noise=noise)
-        action = to_environment(self.actor_critic.actions, actions)[0]
-        return int(action) if self.actor_critic.actions.kind == "discrete" else action
+            noise = draw_noise(spec.kind, self.generator, (1, spec.num_parameters))
+        actions, self.state = self.actor_critic.predict(seen, self.state, masks=masks, noise=noise)
+        action = to_environment(spec, actions)[0]
+        return int(action) if spec.kind == "discrete" else action
 
 
 def record_video(policy: GymPolicy, config: EnvConfig, path: str | Path, *, seed: int, max_steps: int = 10_000) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -65,13 +66,18 @@ def test_rewards_are_raw_and_learned_from_by_sign(tmp_path):
         assert metrics["reward/mean"] == pytest.approx(float(np.mean(games)))
 
 
-def test_a_whole_update_of_the_recipe(tmp_path):
-    recipe = RECIPES["pong"]()
+@pytest.mark.parametrize("name", ["pong", "breakout"])
+def test_a_whole_update_of_the_recipe(name, tmp_path):
+    recipe = RECIPES[name]()
     config = replace(
         recipe, env=replace(recipe.env, num_envs=2), num_steps=16, updates=1, eval_episodes=0,
         out=str(tmp_path / "run"), threads=1,
     )  # fmt: skip
-    assert train_gym(config, show=False).state.decisions == 32
+    run = train_gym(config, show=False)
+    assert run.state.decisions == 32 and run.policy.observations.images == (("image", (4, 84, 84)),)
+    assert run.config.env.id == f"ALE/{name.capitalize()}-v5"
+    row = run.folder.metrics()[-1]
+    assert row["grad_norm"] > 0 and math.isfinite(row["policy/loss"]) and row["policy/entropy"] > 0
 
 
 @pytest.mark.parametrize("game", ["Pong", "Breakout"])

@@ -251,6 +251,7 @@ class LateMask(Masked):
 
     def reset(self, *, seed=None, options=None):
         observation, _ = super().reset(seed=seed)
+        self.mask[:] = 1
         return observation, {}
 
 
