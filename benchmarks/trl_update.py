@@ -1,4 +1,5 @@
-"""Time PPO updates of TRL's PPOTrainer. Started by update_speed.py with the Python of TRL's own environment.
+"""PPO updates of TRL's PPOTrainer, timed. Started by update_speed.py and trl_learning.py with the Python of TRL's own
+environment.
 
     python trl_update.py JOB.json RESULT.json
 
@@ -12,6 +13,7 @@ import json
 import resource
 import sys
 import time
+import types
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -72,12 +74,50 @@ class StageClock(TrainerCallback):
         module.batch_generation, module.forward = watched_generation, watched_forward
 
 
+class TextScores(torch.nn.Module):
+    """A classifier with a tokenizer of its own, in the form in which the trainer asks reward models: it decodes the
+    tokens, and gives every position the score of the whole text."""
+
+    base_model_prefix = "body"
+
+    def __init__(self, path: str, tokenizer: Any, end: int) -> None:
+        super().__init__()
+        self.body, self.score = self._Body(path, tokenizer, end), torch.nn.Identity()
+
+    class _Body(torch.nn.Module):
+        def __init__(self, path: str, tokenizer: Any, end: int) -> None:
+            super().__init__()
+            self.classifier = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32).eval()
+            self.reader, self.tokenizer, self.end = AutoTokenizer.from_pretrained(path), tokenizer, end
+            self.told: list[tuple[float, float]] = []  # mean logit and mean probability of each call
+
+        @torch.no_grad()
+        def forward(self, input_ids: Any, attention_mask: Any, **_: Any) -> Any:
+            rows = [ids[seen.bool()].tolist() for ids, seen in zip(input_ids, attention_mask, strict=True)]
+            texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
+            logits = self.classifier(**self.reader(texts, padding=True, truncation=True, return_tensors="pt")).logits
+            self.told.append((float(logits.mean()), float(logits.sigmoid().mean())))
+            states = logits[:, :1, None].expand(-1, input_ids.shape[1], 1)
+            return types.SimpleNamespace(hidden_states=(states,))
+
+
+class Told(TrainerCallback):
+    """The KL to the reference of every update, as the trainer logs it: nats a sequence."""
+
+    def __init__(self) -> None:
+        self.kl: list[float] = []
+
+    def on_log(self, *_: Any, logs: dict[str, float] | None = None, **__: Any) -> None:
+        if logs is not None and "objective/kl" in logs:
+            self.kl.append(logs["objective/kl"])
+
+
 def weight_sums(model: Any) -> dict[str, float]:
     return {name: float(p.detach().double().abs().sum()) for name, p in model.named_parameters()}
 
 
 def main(job: dict[str, Any], folder: Path) -> dict[str, Any]:
-    torch.manual_seed(0)
+    torch.manual_seed(job.get("seed", 0))
     torch.set_num_threads(job["threads"])
     path, prompts = job["model"], job["prompts"]
     tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
@@ -86,22 +126,28 @@ def main(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     policy = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     reference = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
     value = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32)
-    reward = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32)
     end = policy.config.eos_token_id
-    for model in (policy, reference, value, reward):
+    if job.get("classifier"):
+        reward: Any = TextScores(job["classifier"], tokenizer, end)
+        judged = [policy, reference, value]
+    else:
+        reward = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32)
+        judged = [policy, reference, value, reward]
+    for model in judged:
         model.config.pad_token_id = tokenizer.pad_token_id
     policy.generation_config.pad_token_id = tokenizer.pad_token_id
 
     ids = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     if any(tokenizer.pad_token_id in row for row in ids):
         raise SystemExit("a prompt holds the padding token")
-    rows = job["rows"]
+    rows, batch = job["rows"], job.get("batch", len(prompts))  # prompts of a pass, and of an update
     config = PPOConfig(
         output_dir=str(folder / "trl"),
         per_device_train_batch_size=rows,
-        gradient_accumulation_steps=len(prompts) // rows,
-        local_rollout_forward_batch_size=len(prompts),
-        total_episodes=len(prompts) * job["updates"],
+        gradient_accumulation_steps=batch // rows,
+        local_rollout_forward_batch_size=batch,
+        total_episodes=batch * job["updates"],
+        seed=job.get("seed", 42),
         num_ppo_epochs=1,
         num_mini_batches=1,
         response_length=job["response_tokens"],
@@ -122,7 +168,7 @@ def main(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-    clock = StageClock(job["response_tokens"], len(prompts), end, tokenizer.pad_token_id)
+    clock, told = StageClock(job["response_tokens"], batch, end, tokenizer.pad_token_id), Told()
     trainer = PPOTrainer(
         args=config,
         processing_class=tokenizer,
@@ -131,7 +177,7 @@ def main(job: dict[str, Any], folder: Path) -> dict[str, Any]:
         reward_model=reward,
         value_model=value,
         train_dataset=Dataset.from_dict({"input_ids": ids}),
-        callbacks=[clock],
+        callbacks=[clock, told],
     )
     clock.trained = trainer.model
     clock.watch(ppo_trainer)
@@ -151,6 +197,8 @@ def main(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     packages = ("trl", "torch", "transformers", "accelerate", "datasets", "tokenizers", "numpy")
     return {
         **clock.figures,
+        "scores": reward.body.told if job.get("classifier") else [],
+        "kl": told.kl,
         "prompt_tokens": sum(map(len, ids)),
         "precision": "fp32",
         "threads": torch.get_num_threads(),
