@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -59,6 +60,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"heeler: the device's memory is full ({str(error).partition('. ')[0]}): sample fewer completions at once"
             " (--engine-rows), train fewer layers or LoRA adapters, take --activation-checkpointing or a smaller"
             " --ppo.token-budget; where a checkpoint was kept, heeler resume RUN continues it",
+            file=sys.stderr,
+        )
+        return 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(
+            f"heeler: cannot write {error.filename or 'a file'}: {error.strerror}; free some space and start the same"
+            " command again; where a checkpoint was kept, heeler resume RUN continues it",
             file=sys.stderr,
         )
         return 2
@@ -479,10 +489,15 @@ def _sample(words: list[str]) -> int:
     if not chosen.prompt:
         raise HeelerError("heeler sample needs at least one --prompt")
     from heeler.policies.loading import is_seq2seq
-    from heeler.train.report import sample_model
+    from heeler.train.report import sample_model, stopped_run
 
+    model = path
+    if (stopped := stopped_run(path)) is not None:
+        step, config = stopped
+        model = config.model
+        print(f"{path} was stopped after update {step} of {config.updates}: its last checkpoint samples")
     # neither a translation nor an answer goes on where the prompt ends
-    between = " -> " if is_seq2seq(path) else "\n" if chosen.chat else ""
+    between = " -> " if is_seq2seq(model) else "\n" if chosen.chat else ""
     for prompt, text in zip(chosen.prompt, sample_model(path, chosen), strict=True):
         print(f"{prompt}{between}\033[1m{text}\033[0m" if sys.stdout.isatty() else f"{prompt}{between}{text}")
     return 0

@@ -5,15 +5,22 @@ from __future__ import annotations
 import asyncio
 import errno
 import json
+import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from tensorboard.summary.writer.record_writer import RecordWriter
+from transformers import PreTrainedModel
 
+from heeler import cli
 from heeler.cli import main
 from heeler.data.prompts import load_prompts
-from heeler.policies.loading import load_tokenizer
+from heeler.policies.loading import load_causal_lm, load_tokenizer
 from heeler.rewards.functions import FunctionReward
 from heeler.runtime.packages import load_function, require
 from heeler.runtime.runs import RunFolder
@@ -182,10 +189,148 @@ def test_a_config_of_another_version(workplace: Path, tiny_llama: str, capsys: p
     assert "TextConfig has no setting 'colour'" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("package", "words", "says"),
+    [
+        ("peft", ["ppo", "lm", "--prompts", "prompts.jsonl", "--reward", "my_rewards:good", "trainable:lora"], "lora"),
+        ("gymnasium", ["ppo", "gym", "--env", "CartPole-v1"], "control"),
+    ],
+)
+def test_a_package_that_a_command_needs(
+    workplace: Path, tiny_llama: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    package: str, words: list[str], says: str,
+) -> None:  # fmt: skip
+    monkeypatch.setitem(sys.modules, package, None)  # as if it were not installed
+    model = ["--model", tiny_llama, "--sampling.max-new-tokens", "4"] if words[1] == "lm" else []
+    assert main([*words[:2], *model, "--out", "run", *words[2:]]) == 2
+    error = capsys.readouterr().err
+    wanted = f"heeler: this needs the package {package}, which is not installed: pip install 'heeler[{says}]'\n"
+    assert error == wanted and not (workplace / "run").exists()
+
+
 def test_a_missing_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("heeler.runtime.packages.find_spec", lambda name: None)
     with pytest.raises(HeelerError, match=r"needs the package peft.*pip install 'heeler\[lora\]'"):
         require("peft", "lora")
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
+    """Call it with a file's name and a number: from that write of the file on, the disk is full."""
+
+    def fill(name: str, good: int) -> None:
+        writes = {"left": good}
+
+        def fits(path: Path) -> bool:
+            writes["left"] -= path.name == name
+            return path.name != name or writes["left"] >= 0
+
+        opened, saved, exported = Path.open, torch.save, PreTrainedModel.save_pretrained
+
+        def open_file(path: Path, mode: str = "r", *args: Any, **options: Any) -> Any:
+            file = opened(path, mode, *args, **options)
+            if mode in ("w", "a") and not fits(path):
+                file.write('{"half')
+                file.close()
+                raise OSError(errno.ENOSPC, "No space left on device", str(path))
+            return file
+
+        def save(state: Any, path: Path) -> None:
+            if not fits(Path(path)):
+                Path(path).write_bytes(b"half")
+                raise RuntimeError("basic_ios::clear: iostream error")
+            saved(state, path)
+
+        def export(model: Any, folder: Path, **options: Any) -> None:
+            exported(model, folder, **options)
+            if not fits(Path(folder) / "model.safetensors"):
+                (Path(folder) / "model.safetensors").write_bytes(b"half")
+                raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+        monkeypatch.setattr(Path, "open", open_file)
+        monkeypatch.setattr(torch, "save", save)
+        monkeypatch.setattr(PreTrainedModel, "save_pretrained", export)
+
+    return fill
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "what", "kept"),
+    [
+        ("state.pt", 1, "the checkpoint of update 1 to run/checkpoints", 0),
+        ("state.pt", 2, "the checkpoint of update 2 to run/checkpoints", 1),
+        ("metrics.jsonl", 1, "run/metrics.jsonl", 1),
+        ("samples.jsonl", 0, "run/samples.jsonl", 0),
+        ("summary.json.partial", 1, "run/summary.json", 0),  # after the evaluation before training
+        ("summary.json.partial", 2, "run/summary.json", 2),  # after the last update
+        ("summary.json.partial", 4, "run/summary.json", 2),  # after everything
+        ("model.safetensors", 0, "the policy to run", 2),
+    ],
+)
+def test_a_full_disk_is_said_once_and_the_run_goes_on(
+    workplace: Path, tiny_llama: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    full_disk: Callable[[str, int], None], name: str, good: int, what: str, kept: int,
+) -> None:  # fmt: skip
+    flags = ("--checkpoint-every", "1", "--eval-prompts", "prompts.jsonl")
+    with monkeypatch.context():
+        full_disk(name, good)
+        sentence = run(capsys, tiny_llama, *flags)
+    monkeypatch.undo()
+    monkeypatch.chdir(workplace)
+    assert sentence.startswith(f"heeler: cannot write {what}: ")
+    end = f"; the checkpoint of update {kept} stays; free some space and continue with: heeler resume run"
+    assert sentence.endswith(end) and sentence.count("heeler resume") == 1
+    assert RunFolder.open("run").last_checkpoint() == kept
+    assert not list(workplace.glob("run/**/*.partial"))
+    assert main(["resume", "run"]) == 0
+    assert [row["step"] for row in RunFolder.open("run").metrics()] == [1, 2]
+    load_causal_lm("run/policy")
+
+
+def test_a_full_disk_that_tensorboard_meets_in_its_thread(
+    workplace: Path, tiny_llama: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(writer: Any, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    before = threading.excepthook
+    monkeypatch.setattr(RecordWriter, "write", full)
+    sentence = run(capsys, tiny_llama)
+    assert sentence.startswith("heeler: cannot write the TensorBoard events in run: No space left on device; ")
+    assert threading.excepthook is before
+
+
+def test_a_disk_that_is_full_from_the_beginning(
+    workplace: Path, tiny_llama: str, capsys: pytest.CaptureFixture[str], full_disk: Callable[[str, int], None]
+) -> None:
+    full_disk("state.pt", 0)
+    assert "there is no earlier checkpoint; free some space, delete run and start again" in run(capsys, tiny_llama)
+
+
+def test_what_stopped_a_run_is_told_also_where_the_disk_is_full(
+    workplace: Path, tiny_llama: str, capsys: pytest.CaptureFixture[str], full_disk: Callable[[str, int], None]
+) -> None:
+    full_disk("summary.json.partial", 1)
+    assert "returned nan for completion 1 of 4" in run(capsys, tiny_llama, reward="my_rewards:nan")
+
+
+def test_a_full_disk_outside_a_run_folder(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(words: list[str]) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device", "prompts.jsonl")
+
+    monkeypatch.setattr(cli, "_dispatch", full)
+    assert main(["ppo", "imdb"]) == 2
+    said = capsys.readouterr().err
+    assert (
+        said.startswith("heeler: cannot write prompts.jsonl: No space left on device; free") and said.count("\n") == 1
+    )
+
+    def other(words: list[str]) -> int:
+        raise OSError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr(cli, "_dispatch", other)
+    with pytest.raises(BrokenPipeError):
+        main(["ppo", "imdb"])
 
 
 def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

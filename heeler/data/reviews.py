@@ -6,8 +6,8 @@ of the file), and duplicates are dropped first:
 | part | share | used for |
 |---|---|---|
 | reward | 65 % | training the reward model |
-| validation | 5 % | watching it train |
-| test | 8 % | its reported accuracy, and held-out prompts |
+| validation | 5 % | held-out preferences of `heeler rlhf imdb` (recipes/rlhf.py) |
+| test | 8 % | the reward model's reported accuracy, and held-out prompts |
 | prompts | 12 % | prompts that PPO trains on |
 | judge | 10 % | training the independent bag-of-words judge |
 """

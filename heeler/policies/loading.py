@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -10,6 +10,7 @@ from typing import Any
 
 from heeler.policies.attention import use_fast_attention
 from heeler.runtime.packages import quiet_transformers, require
+from heeler.runtime.progress import progress
 from heeler.types import HeelerError
 
 SCORE_KEY = "heeler_score"  # of a reward model's config: what it was trained on, gain and bias of its score
@@ -208,22 +209,53 @@ def seq2seq_lengths(model: Any) -> tuple[int | None, int | None]:
 
 
 @contextmanager
-def _gguf_read_once() -> Iterator[None]:
-    """Keep the parsed file and the table of names, which transformers makes anew for each part and each weight."""
-    import gguf
+def _gguf_read_once(bar: Any) -> Iterator[None]:
+    """Keep the parsed file and the table of names, which transformers makes anew for each part and each weight.
 
-    whole = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    The bar gets the number of tensors when the file is parsed, and each tensor again when it is de-quantised, in place
+    of the bar that transformers draws there.
+    """
+    import gguf
+    from transformers import modeling_gguf_pytorch_utils as utils
+
+    made = gguf.GGUFReader
+
+    def read(*args: Any, **options: Any) -> Any:
+        reader = made(*args, **options)
+        bar.update(len(reader.tensors))
+        return reader
+
+    def counted(tensors: Iterable[Any], **_: Any) -> Iterator[Any]:
+        for tensor in tensors:
+            yield tensor
+            bar.update(1)
+
+    replaced = [
+        (gguf, "GGUFReader", cache(read)),
+        (gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),
+        (utils, "tqdm", counted),
+    ]
+    whole = [(module, name, getattr(module, name)) for module, name, _ in replaced]
     try:
-        for name, made in whole.items():
-            setattr(gguf, name, cache(made))
+        for module, name, ours in replaced:
+            setattr(module, name, ours)
         yield
     finally:
-        for name, made in whole.items():
-            setattr(gguf, name, made)
+        for module, name, theirs in whole:
+            setattr(module, name, theirs)
 
 
-def convert_gguf(folder: Path, gguf_file: str, destination: Path) -> None:
-    """De-quantise a GGUF file into a plain transformers folder, written aside and renamed."""
+def _count_gguf_tensors(file: Path) -> int:
+    """What the header says: after 4 bytes of magic and 4 of version."""
+    with file.open("rb") as opened:
+        return int.from_bytes(opened.read(16)[8:], "little")
+
+
+def convert_gguf(folder: Path, gguf_file: str, destination: Path, show: bool = False) -> None:
+    """De-quantise a GGUF file into a plain transformers folder, written aside and renamed.
+
+    `show` draws a bar that counts each tensor three times: parsed, de-quantised, written.
+    """
     import shutil
 
     require("gguf", "demo")
@@ -231,18 +263,21 @@ def convert_gguf(folder: Path, gguf_file: str, destination: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     quiet_transformers()
-    with _gguf_read_once():
-        loaded = AutoModelForCausalLM.from_pretrained(str(folder), gguf_file=gguf_file, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), gguf_file=gguf_file)
-    config = type(loaded.config).from_dict(loaded.config.to_dict())
-    if hasattr(config, "quantization_config"):
-        delattr(config, "quantization_config")
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    plain.load_state_dict(loaded.state_dict())
-    plain.tie_weights()
-    aside = destination.with_name(destination.name + ".partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    plain.save_pretrained(aside)
-    tokenizer.save_pretrained(aside)
-    shutil.rmtree(destination, ignore_errors=True)
-    aside.rename(destination)
+    count = _count_gguf_tensors(folder / gguf_file)
+    with progress(3 * count, "converting", "tensor", show=show) as bar:
+        with _gguf_read_once(bar):
+            loaded = AutoModelForCausalLM.from_pretrained(str(folder), gguf_file=gguf_file, dtype=torch.float32)
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), gguf_file=gguf_file)
+        config = type(loaded.config).from_dict(loaded.config.to_dict())
+        if hasattr(config, "quantization_config"):
+            delattr(config, "quantization_config")
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        plain.load_state_dict(loaded.state_dict())
+        plain.tie_weights()
+        aside = destination.with_name(destination.name + ".partial")
+        shutil.rmtree(aside, ignore_errors=True)
+        plain.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        shutil.rmtree(destination, ignore_errors=True)
+        aside.rename(destination)
+        bar.update(count)

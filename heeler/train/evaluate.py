@@ -8,7 +8,8 @@ perplexity under the reference falls (or explodes), it repeats itself (`distinct
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -53,9 +54,9 @@ def corpus_distinct(texts: Sequence[str], n: int) -> float:
 
 
 def duplicates(texts: Sequence[str]) -> float:
-    """Share of texts that repeat an earlier one, case and spaces aside."""
-    normal = [" ".join(t.lower().split()) for t in texts]
-    return 1 - len(set(normal)) / len(normal) if normal else 0.0
+    """Share of texts that repeat another's, case and spaces aside: both of a pair count."""
+    counts = Counter(" ".join(t.lower().split()) for t in texts)
+    return sum(count for count in counts.values() if count > 1) / max(len(texts), 1)
 
 
 @torch.no_grad()
@@ -69,6 +70,7 @@ def evaluate_text(
     texts: Sequence[str],
     passes: PassBudget,
     engine_logprobs: Tensor | None = None,
+    on_judged: Callable[[int], Any] = lambda count: None,
 ) -> Evaluation:
     """Measure a rollout of held-out prompts.
 
@@ -81,6 +83,7 @@ def evaluate_text(
         texts: what the policy wrote, without what an environment answered.
         passes: tokens of a forward pass.
         engine_logprobs: `[n]` of the decisions under the policy, where they need not be computed again.
+        on_judged: called with the number of texts that the reference or a judge is done with, for a progress bar.
 
     Returns:
         figures: `reward` (the probability where the reward model gives one, else the score), `reward_score`, one
@@ -105,17 +108,22 @@ def evaluate_text(
                 ref_logprobs = policy.logprobs(part, reference=True)
             kl += float((logprobs - ref_logprobs).double().sum())
             nll -= float(ref_logprobs.double().sum())
+            on_judged(len(items))
         return kl, nll
 
     everything, costs = torch.arange(len(inputs.lengths)), inputs.costs.cpu()
     kl, nll = passes.fit(partial(budgeted_microbatches, everything, costs), read)
+    judged: dict[str, float] = {}
+    for name, judge in judges.items():
+        judged[name] = float(judge(samples).scores.mean())
+        on_judged(len(rollout.terminated))
     shown = scored.components.get("probability", scored.scores)
     count, tokens = len(rollout.terminated), len(rollout.actions)
     figures = {
         "reward": float(shown.mean()),
         "reward_score": float(scored.scores.mean()),
         **{f"reward/{name}": float(values.mean()) for name, values in scored.components.items()},
-        **{name: float(judge(samples).scores.mean()) for name, judge in judges.items()},
+        **judged,
         "perplexity": math.exp(min(nll / tokens, 50.0)),
         "distinct_2": corpus_distinct(texts, 2),
         "distinct_2_within": distinct(texts, 2),

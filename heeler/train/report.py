@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from heeler.data.prompts import load_prompts
 from heeler.policies import loading
 from heeler.types import Sampling
+
+if TYPE_CHECKING:
+    from heeler.train.text import TextConfig
 
 ORDER = (
     "reward", "reward_score", "judge", "judge_words", "perplexity", "distinct_2", "distinct_2_within", "duplicates",
@@ -57,8 +61,39 @@ def print_report(run: Any) -> None:
     print(f'  heeler sample {folder} --prompt "The film"')
 
 
+def stopped_run(path: str) -> tuple[int, TextConfig] | None:
+    """The last checkpoint and the config of a PPO run that was stopped before it exported its policy; else None."""
+    from heeler.runtime.configs import from_json
+    from heeler.runtime.runs import RunFolder, read_json
+
+    file = Path(path) / "config.json"
+    verb = read_json(file).get("verb") if file.is_file() else None
+    step = RunFolder(Path(path)).last_checkpoint()
+    if verb not in ("ppo lm", "ppo dialogue") or step is None or (Path(path) / "policy" / "config.json").is_file():
+        return None
+    from heeler.train.dialogue import DialogueConfig
+    from heeler.train.text import TextConfig
+
+    return step, from_json(TextConfig if verb == "ppo lm" else DialogueConfig, read_json(file)["config"], str(file))
+
+
+def load_checkpoint_model(path: str, step: int, config: TextConfig) -> Any:
+    """The model that a run would export from a checkpoint. It needs neither the run's prompts nor its reward."""
+    from heeler.policies.language_model import LanguageModelPolicy
+    from heeler.policies.seq2seq import Seq2SeqPolicy
+    from heeler.runtime.runs import RunFolder
+
+    folder = RunFolder.open(path)
+    model = loading.load_language_model(config.model)
+    policy = (Seq2SeqPolicy if model.config.is_encoder_decoder else LanguageModelPolicy)(
+        model, trainable=config.trainable, critic=config.critic, precision=folder.read_config()["resolved"]["precision"]
+    )
+    policy.load_state_dict(folder.load_checkpoint(step)["weights"])
+    return policy.export_model().eval()
+
+
 def sample_model(path: str, command: Any) -> list[str]:
-    """Completions by a run's policy, or by any model."""
+    """Completions by a run's policy, or by any model; by the last checkpoint of a run that was stopped."""
     from heeler.rollout.engines.draws import GREEDY, draw_seed
     from heeler.rollout.engines.native import native_engine
     from heeler.rollout.text import decode
@@ -77,7 +112,9 @@ def sample_model(path: str, command: Any) -> list[str]:
         raise HeelerError(f"--top-p must be above 0 and at most 1, not {command.top_p}")
     machine.keep_freed_memory()
     machine.set_threads(None)
-    tokenizer, model = loading.load_tokenizer(path), loading.load_language_model(path)
+    stopped = stopped_run(path)
+    tokenizer = loading.load_tokenizer(path if stopped is None else stopped[1].model)
+    model = loading.load_language_model(path) if stopped is None else load_checkpoint_model(path, *stopped)
     source = [[{"role": "user", "content": p}] if command.chat else p for p in command.prompt]
     room = loading.prompt_room(model, command.max_new_tokens)
     prompts = load_prompts(source, tokenizer, max_tokens=room)

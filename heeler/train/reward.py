@@ -43,6 +43,7 @@ from heeler.types import CheckFailed, HeelerError
 STATE = "training.pt"
 COUNTERS = ("order", "done", "step", "seconds", "recent")
 SAVE_EVERY = 300.0  # seconds
+TEXTS_AT_ONCE = 512  # tokenised between two looks at the progress bar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,14 +96,20 @@ class RewardConfig:
 class _Tokenized:
     """Texts tokenised once, and put between the tokenizer's special tokens."""
 
-    def __init__(self, texts: Sequence[str], tokenizer: Any, max_tokens: int, keep: Literal["start", "end"]) -> None:
+    def __init__(
+        self, texts: Sequence[str], tokenizer: Any, max_tokens: int, keep: Literal["start", "end"], show: bool
+    ) -> None:
         if not texts:
             raise HeelerError("there are no texts to train the reward model on")
         self.tokenizer = tokenizer
         self.before, self.after = loading.special_tokens_around(tokenizer)
         room = max_tokens - len(self.before) - len(self.after)
-        encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        self.ids: list[list[int]] = [ids[:room] if keep == "start" else ids[-room:] for ids in encoded]
+        self.ids: list[list[int]] = []
+        with progress(len(texts), "tokenising", "text", show=show) as bar:
+            for start in range(0, len(texts), TEXTS_AT_ONCE):
+                encoded = tokenizer(list(texts[start : start + TEXTS_AT_ONCE]), add_special_tokens=False)["input_ids"]
+                self.ids += [ids[:room] if keep == "start" else ids[-room:] for ids in encoded]
+                bar.update(len(encoded))
 
     def row(self, i: int, start: int = 0, length: int | None = None) -> list[int]:
         """Text `i` from token `start`, `length` tokens with the special ones; all of it where None."""
@@ -125,13 +132,15 @@ class LabelledTexts:
     """Texts with yes-or-no labels; crops are cut from the tokens.
 
     `draw` gives the token rows of a batch, special tokens included; `loss` the mean loss of a batch from the scores of
-    its rows; `num_tokens` is one pass over the data, whole texts.
+    its rows; `num_tokens` is one pass over the data, whole texts. `show` draws a bar while they are tokenised.
     """
 
     kind = "labels"
 
-    def __init__(self, texts: Sequence[str], labels: Sequence[bool], tokenizer: Any, max_tokens: int = 512) -> None:
-        self.texts = _Tokenized(texts, tokenizer, max_tokens, keep="start")
+    def __init__(
+        self, texts: Sequence[str], labels: Sequence[bool], tokenizer: Any, max_tokens: int = 512, show: bool = False
+    ) -> None:
+        self.texts = _Tokenized(texts, tokenizer, max_tokens, keep="start", show=show)
         if len(set(labels)) == 1:
             raise HeelerError(f"all {len(labels)} labels are {labels[0]}: a reward model needs both classes")
         self.labels = torch.tensor([float(label) for label in labels])
@@ -168,9 +177,9 @@ class PreferencePairs:
 
     kind = "preferences"
 
-    def __init__(self, pairs: Sequence[Preference], tokenizer: Any, max_tokens: int = 512) -> None:
+    def __init__(self, pairs: Sequence[Preference], tokenizer: Any, max_tokens: int = 512, show: bool = False) -> None:
         texts = [text for pair in pairs for text in (pair.chosen, pair.rejected)]
-        self.texts = _Tokenized(texts, tokenizer, max_tokens, keep="end")  # the completion is what differs
+        self.texts = _Tokenized(texts, tokenizer, max_tokens, keep="end", show=show)  # the completion is what differs
         for i, pair in enumerate(pairs):
             if self.texts.ids[2 * i] == self.texts.ids[2 * i + 1]:
                 raise HeelerError(

@@ -60,7 +60,7 @@ def train_reward(
         what stands in summary.json.
     """
     with new_folder(task.out or default_out("reward")) as folder:
-        train, test = _load(task, data, eval_data)
+        train, test = _load(task, data, eval_data, show)
     config = {**to_json(task), "out": str(folder.path)}
     folder.write_config({"verb": "reward", "config": config})
     return _train(task.training, train, test, folder, show)
@@ -78,7 +78,7 @@ def resume_reward(
     if (folder.path / "summary.json").exists():
         raise HeelerError(f"{folder.path} is complete: a reward model is trained on the tokens that it was begun with")
     task: RewardTask = from_json(RewardTask, folder.read_config()["config"], str(folder.path / "config.json"))
-    train, test = _load(task, data, eval_data)
+    train, test = _load(task, data, eval_data, show)
     return _train(task.training, train, test, folder, show)
 
 
@@ -127,7 +127,7 @@ def _train(
 
 
 def _load(
-    task: RewardTask, data: Sequence[Any] | None, eval_data: Sequence[Any] | None
+    task: RewardTask, data: Sequence[Any] | None, eval_data: Sequence[Any] | None, show: bool
 ) -> tuple[LabelledTexts, LabelledTexts] | tuple[PreferencePairs, PreferencePairs]:
     source, held_out = data if data is not None else task.data, eval_data if eval_data is not None else task.eval_data
     if not source:
@@ -151,7 +151,8 @@ def _load(
         else:
             parts = split_by_prompt(pairs, shares, seed=task.training.seed, prompt=_identity)
         _both_parts(parts, name)
-        return PreferencePairs(parts["train"], tokenizer, limit), PreferencePairs(parts["held_out"], tokenizer, limit)
+        train_pairs = PreferencePairs(parts["train"], tokenizer, limit, show)
+        return train_pairs, PreferencePairs(parts["held_out"], tokenizer, limit)
     labelled = list(zip(*load_labels(rows, name=name), strict=True))
     if held_out:
         others = list(zip(*load_labels(held_out, name=task.eval_data or "the held-out data"), strict=True))
@@ -161,7 +162,9 @@ def _load(
         parts = split_by_prompt(labelled, shares, seed=task.training.seed, prompt=lambda pair: pair[0])
     _both_parts(parts, name)
     train, test = (
-        LabelledTexts([t for t, _ in parts[part]], [y for _, y in parts[part]], tokenizer, limit)
+        LabelledTexts(
+            [t for t, _ in parts[part]], [y for _, y in parts[part]], tokenizer, limit, show and part == "train"
+        )
         for part in ("train", "held_out")
     )
     return train, test

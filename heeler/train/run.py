@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,7 +19,7 @@ from heeler.runtime import machine
 from heeler.runtime.configs import to_json
 from heeler.runtime.progress import progress, say
 from heeler.runtime.reduce import LocalReduce
-from heeler.runtime.runs import RunFolder, read_json
+from heeler.runtime.runs import NotWritten, RunFolder, read_json
 from heeler.train.ppo import LoopConfig, Revalue, Score, TrainState, UpdateReport, train_loop
 from heeler.types import Collector, HeelerError, Reduce, Unavailable
 
@@ -76,7 +78,7 @@ class Run:
         raise NotImplementedError
 
     def export(self, folder: Path) -> None:
-        """Write what others load: the policy, and the critic beside it."""
+        """Write what others load into an empty folder: the policy, and the critic beside it."""
         raise NotImplementedError
 
     def describe(self, metrics: Mapping[str, float]) -> str:
@@ -154,7 +156,8 @@ def resume(run: Run, on_update: OnUpdate | None, show: bool) -> None:
     folder = run.folder
     assert folder is not None
     evaluated = not run.can_evaluate() or "eval/after" in run.summary
-    if run.state.step >= run.config.updates and evaluated:
+    exported = run.summary.get("exported") == run.state.step
+    if run.state.step >= run.config.updates and evaluated and exported:
         raise HeelerError(
             f"{folder.path} is complete: it has done {run.state.step} updates; give a larger --updates N to go on"
         )
@@ -187,9 +190,12 @@ def advance(run: Run, on_update: OnUpdate | None, show: bool) -> None:
     try:
         _train_and_export(run, on_update, show)
     except KeyboardInterrupt as interrupt:
-        if interrupt.args:
+        said = str(interrupt) or "interrupted"
+        if "heeler resume" in said:
             raise
-        raise KeyboardInterrupt(f"interrupted; continue with: heeler resume {run.folder.path}") from None
+        raise KeyboardInterrupt(f"{said}; continue with: heeler resume {run.folder.path}") from None
+    except NotWritten:
+        raise
     except HeelerError as error:
         raise type(error)(
             f"{error} [after update {run.state.step}; {run.folder.path} holds update {run.folder.last_checkpoint()},"
@@ -216,6 +222,7 @@ def _train_and_export(run: Run, on_update: OnUpdate | None, show: bool) -> None:
     started = time.perf_counter()
     last_said = -float("inf")
     random = _random_states(run)
+    trained = False
     with interruptible() as interrupted:
 
         def after_update(report: UpdateReport) -> bool:
@@ -245,6 +252,7 @@ def _train_and_export(run: Run, on_update: OnUpdate | None, show: bool) -> None:
 
         try:
             train_loop(state, collector, run.score(), config, run.reduce, after_update, run.revalue())
+            trained = True
         except Unavailable:
             if run.rollouts_are_pure and folder.last_checkpoint() != state.step:
                 machine.restore_random_states(random)  # the reward that failed may have drawn some
@@ -252,15 +260,18 @@ def _train_and_export(run: Run, on_update: OnUpdate | None, show: bool) -> None:
             raise
         finally:
             bar.close()
-            folder.close()
             run.summary["seconds/ppo"] = run.summary.get("seconds/ppo", 0.0) + time.perf_counter() - started
             run.summary["peak_memory_gib"] = round(machine.peak_memory_gib(), 2)
             run.summary["updates"] = state.step
             run.summary |= {k: v for k, v in (folder.metrics() or [{}])[-1].items() if k != "step"}
-            folder.write_summary(run.summary)
+            with nullcontext() if trained else suppress(NotWritten):  # what stopped the run is what is told
+                folder.close()
+                folder.write_summary(run.summary)
     if interrupted.is_set() and state.step < config.updates:
         raise KeyboardInterrupt(f"stopped after update {state.step}; continue with: heeler resume {folder.path}")
-    run.export(folder.path)
+    _export(run, folder.path)
+    run.summary["exported"] = state.step
+    folder.write_summary(run.summary)
     if run.can_evaluate():
         say("evaluating after training", show)
         after = run.figures(show, "after")
@@ -268,9 +279,25 @@ def _train_and_export(run: Run, on_update: OnUpdate | None, show: bool) -> None:
         best = run.summary.get("best")
         if best is not None and after[run.best_figure] > best[run.best_figure]:
             run.summary["best"] = {"step": state.step, **after}
-            run.export(folder.path / "best")
+            _export(run, folder.path / "best")
     run.summary["peak_memory_gib"] = round(machine.peak_memory_gib(), 2)
     folder.write_summary(run.summary)
+
+
+def _export(run: Run, folder: Path) -> None:
+    """Export aside, then rename: what others load is there as a whole, or as it was."""
+    assert run.folder is not None
+    aside = folder / "export.partial"
+    with run.folder.writing(f"the policy to {folder}"):
+        shutil.rmtree(aside, ignore_errors=True)
+        try:
+            aside.mkdir(parents=True)
+            run.export(aside)
+            for part in sorted(aside.iterdir()):
+                shutil.rmtree(folder / part.name, ignore_errors=True)
+                os.replace(part, folder / part.name)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _random_states(run: Run) -> dict[str, Any]:
@@ -292,7 +319,7 @@ def _keep_if_best(run: Run, show: bool) -> dict[str, float]:
     best = run.summary.get("best")
     if best is None or figures[run.best_figure] > best[run.best_figure]:
         run.summary["best"] = {"step": run.state.step, **figures}
-        run.export(run.folder.path / "best")
+        _export(run, run.folder.path / "best")
         save(run, keep_best=run.state.step)
         run.folder.write_summary(run.summary)
     return {f"eval/{name}": value for name, value in figures.items()}

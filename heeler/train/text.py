@@ -18,6 +18,7 @@ import tyro
 from heeler.data.prompts import PromptSet, load_prompts
 from heeler.policies import loading
 from heeler.policies.language_model import Critic, Full, LanguageModelPolicy, LoRA, TopLayers, Trainable, ValueHead
+from heeler.policies.llama import can_write_out
 from heeler.policies.seq2seq import Seq2SeqPolicy
 from heeler.policies.token_masks import AllTokens, TokenMask, token_bias
 from heeler.ppo.advantages import AdvantageConfig
@@ -33,6 +34,7 @@ from heeler.rollout.engines.batch import BatchEngine
 from heeler.rollout.engines.draws import GREEDY, draw_seed
 from heeler.rollout.engines.hf import HFEngine
 from heeler.rollout.engines.native import NativeEngine, native_engine
+from heeler.rollout.engines.packing import library_for
 from heeler.rollout.engines.vllm import VLLMEngine
 from heeler.rollout.text import TextCollector, sample_rollout, samples_of
 from heeler.runtime import machine
@@ -257,7 +259,8 @@ class TextRun(Run):
 
     def resolved(self) -> dict[str, Any]:
         old_logprobs = "engine" if self.trusts_engine else "trainer"
-        return {"precision": self.policy.precision, "old_logprobs": old_logprobs, **super().resolved()}
+        kernels = kernels_of(self.policy, self.engine)
+        return {"precision": self.policy.precision, "old_logprobs": old_logprobs, **kernels, **super().resolved()}
 
     def save_state(self) -> dict[str, Any]:
         return {"score_moments": vars(self.score_moments)}
@@ -283,9 +286,15 @@ class TextRun(Run):
             # the draws depend on the seed and the prompt only, so before and after differ by the policy alone
             seeds = [draw_seed(self.config.seed, 0xE7A1, i) for i in range(len(self.eval_prompts))]
             rollout = self.rollout(self.eval_prompts, seeds)
+            bar.update(max(total - bar.n, 0))  # completions that ended early
+            bar.close()
+            count = len(self.eval_prompts)
+            bar = progress(count * (2 + len(self.judges)), "judging", "text", show=show)  # reward, perplexity, judges
+            scored = self.judge(rollout)
+            bar.update(count)
             evaluation = evaluate_text(
-                self.policy, rollout, self.samples_of(rollout), self.judge(rollout), self.judges,
-                texts=self.texts_of(rollout), passes=self.state.passes,
+                self.policy, rollout, self.samples_of(rollout), scored, self.judges,
+                texts=self.texts_of(rollout), passes=self.state.passes, on_judged=bar.update,
                 engine_logprobs=rollout.behavior_logprobs if self.trusts_engine else None,
             )  # fmt: skip
             evaluation.figures.update({k: float(x.float().mean()) for k, x in self.episode_figures(rollout).items()})
@@ -305,6 +314,22 @@ class TextRun(Run):
         loaded = load_prompts(list(prompts), self.tokenizer, max_tokens=None)
         rollout = self.rollout(loaded, [draw_seed(seed, i) for i in range(len(loaded))])
         return list(rollout.completions)
+
+
+def kernels_of(policy: LanguageModelPolicy, engine: Engine) -> dict[str, Any]:
+    """Which ways through the model were chosen, for config.json.
+
+    `attention` is Heeler's or the name of transformers' own, `packing` whose blocks hold the weights while the engine
+    samples; `layers_written_out` and `steps_written_out` say whether training and sampling run Heeler's own layers.
+    """
+    packs = isinstance(engine, BatchEngine) and engine.pack_weights
+    library = library_for(policy.engine_model.get_output_embeddings().weight) if packs else None
+    return {
+        "attention": policy.model.config.get_text_config(decoder=True)._attn_implementation,
+        "packing": library or "none",
+        "layers_written_out": can_write_out(policy.top),
+        "steps_written_out": isinstance(engine, NativeEngine) and engine.written_out,
+    }
 
 
 def build_text_run(

@@ -55,8 +55,10 @@ def test_a_cached_reward_model_is_taken(
     monkeypatch.setattr(imdb, "train_reward_model", train)
     monkeypatch.setattr(imdb, "reviews", lambda *_: [])
     monkeypatch.setattr(imdb, "load_tokenizer", lambda path: None)
-    monkeypatch.setattr(imdb, "LabelledTexts", lambda *_: None)
+    shown: list[bool] = []
+    monkeypatch.setattr(imdb, "LabelledTexts", lambda *_, show: shown.append(show))
     assert imdb.imdb_reward_model(retrain=True)[0] == trained[0] != folder
+    assert shown == [True, False, False]  # a bar where it takes long
     assert imdb.imdb_reward_model(seed=1)[0] == trained[1] not in (folder, trained[0])
 
 

@@ -10,7 +10,9 @@ def test_distinct_and_duplicates() -> None:
     assert distinct(["a b a b", "c"], 2) == pytest.approx((2 / 3 + 1) / 2)
     assert corpus_distinct(["a b a", "a b"], 2) == pytest.approx(2 / 3)
     assert corpus_distinct([], 2) == 1.0
-    assert duplicates(["A  film", "a film", "a book"]) == pytest.approx(1 / 3)
+    assert duplicates(["A  film", "a film", "a book"]) == pytest.approx(2 / 3)  # each repeats the other
+    assert duplicates(["a", "b", "b", "c", "b"]) == pytest.approx(3 / 5)
+    assert duplicates(["a", "b"]) == 0.0
     assert duplicates([]) == 0.0
 
 

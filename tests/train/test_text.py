@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from heeler import (
     AdaptiveKL,
@@ -29,6 +29,7 @@ from heeler import (
 )
 from heeler.policies.language_model import LanguageModelPolicy
 from heeler.runtime.passes import pass_budget
+from heeler.train import text
 from heeler.train.ppo import UpdateReport
 from heeler.train.text import build_text_run
 from tests.runs import numbers, small
@@ -189,6 +190,42 @@ def test_sampling_through_transformers_is_said_once(architecture: str, written_o
     assert sum("samples" in note and "through transformers" in note for note in run.notes) == (not written_out)
 
 
+def test_the_config_names_the_kernels_that_were_chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "library_for", lambda weight: "mkl" if weight.dtype == torch.float32 else None)
+    written = {}
+    for name, architecture, changes in (
+        ("llama", "llama", {}),
+        ("gpt_neox", "gpt_neox", {}),
+        ("lora", "llama", {"trainable": LoRA(rank=2)}),
+        ("hf", "llama", {"engine": "hf"}),
+        ("bf16", "llama", {"precision": "bf16"}),
+    ):
+        model = save_tiny_model(tmp_path / "models" / name, architecture)
+        config = small(model, tmp_path / name, updates=1, **changes)
+        train_text(config, prompts=PROMPTS, reward=vowels, show=False)
+        resolved = json.loads((tmp_path / name / "config.json").read_text())["resolved"]
+        names = ("attention", "packing", "layers_written_out", "steps_written_out")
+        written[name] = [resolved[key] for key in names]
+    assert written == {
+        "llama": ["heeler", "mkl", True, True],
+        "gpt_neox": ["heeler", "mkl", False, False],
+        "lora": ["heeler", "mkl", False, True],  # adapters stand in the layers; the engine's weights are merged
+        "hf": ["heeler", "none", True, False],
+        "bf16": ["heeler", "none", True, True],
+    }
+
+
+def test_the_critics_rate_is_its_own(tiny_llama: str, tmp_path: Path) -> None:
+    """With a rate of 0 the policy stays as it is, in every bit, and the critic moves; and the other way round."""
+    for name, rates in (("critic", {"lr": 0.0, "critic_lr": 1e-2}), ("policy", {"lr": 1e-2, "critic_lr": 0.0})):
+        config = small(tiny_llama, tmp_path / name, trainable=Full(), updates=2, **rates)
+        begun = build_text_run(config, prompts=PROMPTS, reward=vowels).policy.state_dict()
+        begun = {key: weights.clone() for key, weights in begun.items()}
+        ended = train_text(config, prompts=PROMPTS, reward=vowels, show=False).policy.state_dict()
+        moved = {key.partition(".")[0] for key in begun if not torch.equal(begun[key], ended[key])}
+        assert moved == {name}
+
+
 @pytest.mark.parametrize("truncation", ["terminal", "bootstrap", "drop"])
 def test_truncation(tiny_llama: str, tmp_path: Path, truncation: Any) -> None:
     """Nearly every completion is cut at six tokens; with `drop` there is then hardly anything to learn from."""
@@ -250,6 +287,38 @@ def test_ctrl_c_saves_and_says_how_to_resume(tiny_llama: str, tmp_path: Path) ->
         train_text(small(tiny_llama, tmp_path / "run"), prompts=PROMPTS, reward=vowels, on_update=interrupt, show=False)
     assert load_text_run(tmp_path / "run", prompts=PROMPTS, reward=vowels).state.step == 1
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["updates"] == 1
+
+
+def test_an_interrupted_export_leaves_nothing_half_written_and_is_made_again(
+    tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the run has no evaluation, and where an earlier policy is there: of fewer updates."""
+    options: dict[str, Any] = {"prompts": PROMPTS, "reward": vowels, "show": False}
+    run, before = tmp_path / "run", b""
+    train_text(small(tiny_llama, tmp_path / "whole", updates=2), **options)
+    for updates in (1, 2):
+        with monkeypatch.context() as patch:
+
+            def cut(model: Any, folder: Path, **_: Any) -> None:
+                folder.mkdir()
+                (folder / "config.json").write_text("{")
+                raise KeyboardInterrupt
+
+            patch.setattr(PreTrainedModel, "save_pretrained", cut)
+            with pytest.raises(KeyboardInterrupt, match="continue with: heeler resume"):
+                if updates == 1:
+                    train_text(small(tiny_llama, run, updates=1), **options)
+                else:
+                    resume_text(run, updates=2, **options)
+        assert load_text_run(run, prompts=PROMPTS, reward=vowels).state.step == updates
+        assert not list(run.rglob("*.partial"))
+        weights = run / "policy" / "model.safetensors"
+        assert (weights.read_bytes() if weights.exists() else b"") == before  # as it was
+        assert resume_text(run, **options).state.step == updates
+        before = weights.read_bytes()
+        with pytest.raises(HeelerError, match="is complete"):
+            resume_text(run, **options)
+    assert before == (tmp_path / "whole" / "policy" / "model.safetensors").read_bytes()
 
 
 @pytest.fixture
@@ -323,8 +392,6 @@ def test_an_engine_with_another_trunk_stops_the_run(
 def test_a_reference_that_is_another_model_stops_the_run(
     tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from heeler.train import text
-
     def build(*args: Any, **kwargs: Any) -> Any:
         run = build_text_run(*args, **kwargs)
         with torch.no_grad():
@@ -349,8 +416,6 @@ def test_a_nan_in_the_weights_stops_the_run(tiny_llama: str, tmp_path: Path) -> 
         run = original(*args, **kwargs)
         run_policy["policy"] = run.policy
         return run
-
-    from heeler.train import text
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(text, "build_text_run", build)
