@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_LOGITS = 9 * 1024 * 1024  # logits held at once: 36 MiB in float32, which large caches hold
+CHUNK_LOGITS = 12 * 1024 * 1024  # logits held at once: 48 MiB in float32, which large caches nearly hold
 KEPT_PROBABILITIES = 96 * 1024 * 1024  # kept for the backward pass at most: 384 MiB
 
 
