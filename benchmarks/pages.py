@@ -20,11 +20,14 @@ def replace_section(page: Path, name: str, lines: list[str]) -> None:
 
 
 def processor() -> str:
-    """The processor's name."""
+    """The processor's name; with its family and model where the name is of several generations."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    found = (line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    return next(found, platform.processor() or platform.machine())
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
+    name = facts.get("model name", platform.processor() or platform.machine())
+    if "cpu family" not in facts or any(character.isdigit() for character in name):
+        return name
+    return f"{name} (family {facts['cpu family']}, model {facts['model']})"
 
 
 def hardware() -> str:

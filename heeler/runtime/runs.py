@@ -9,7 +9,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -205,6 +205,20 @@ class RunFolder:
         finally:
             if self._excepthook is not None:
                 threading.excepthook, self._excepthook = self._excepthook, None
+
+    def export(self, write: Callable[[Path], None], into: Path) -> None:
+        """Let `write` fill an empty folder, then rename: what others load from `into` is whole, or as it was."""
+        aside = into / "export.partial"
+        with self.writing(f"the policy to {into}"):
+            shutil.rmtree(aside, ignore_errors=True)
+            try:
+                aside.mkdir(parents=True)
+                write(aside)
+                for part in sorted(aside.iterdir()):
+                    shutil.rmtree(into / part.name, ignore_errors=True)
+                    os.replace(part, into / part.name)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
 
     # checkpoints ----------------------------------------------------------------------------------------------
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import signal
 import threading
 import time
@@ -269,7 +267,7 @@ def _train_and_export(run: Run, on_update: OnUpdate | None, show: bool) -> None:
                 folder.write_summary(run.summary)
     if interrupted.is_set() and state.step < config.updates:
         raise KeyboardInterrupt(f"stopped after update {state.step}; continue with: heeler resume {folder.path}")
-    _export(run, folder.path)
+    folder.export(run.export, folder.path)
     run.summary["exported"] = state.step
     folder.write_summary(run.summary)
     if run.can_evaluate():
@@ -279,25 +277,9 @@ def _train_and_export(run: Run, on_update: OnUpdate | None, show: bool) -> None:
         best = run.summary.get("best")
         if best is not None and after[run.best_figure] > best[run.best_figure]:
             run.summary["best"] = {"step": state.step, **after}
-            _export(run, folder.path / "best")
+            folder.export(run.export, folder.path / "best")
     run.summary["peak_memory_gib"] = round(machine.peak_memory_gib(), 2)
     folder.write_summary(run.summary)
-
-
-def _export(run: Run, folder: Path) -> None:
-    """Export aside, then rename: what others load is there as a whole, or as it was."""
-    assert run.folder is not None
-    aside = folder / "export.partial"
-    with run.folder.writing(f"the policy to {folder}"):
-        shutil.rmtree(aside, ignore_errors=True)
-        try:
-            aside.mkdir(parents=True)
-            run.export(aside)
-            for part in sorted(aside.iterdir()):
-                shutil.rmtree(folder / part.name, ignore_errors=True)
-                os.replace(part, folder / part.name)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _random_states(run: Run) -> dict[str, Any]:
@@ -319,7 +301,7 @@ def _keep_if_best(run: Run, show: bool) -> dict[str, float]:
     best = run.summary.get("best")
     if best is None or figures[run.best_figure] > best[run.best_figure]:
         run.summary["best"] = {"step": run.state.step, **figures}
-        _export(run, run.folder.path / "best")
+        run.folder.export(run.export, run.folder.path / "best")
         save(run, keep_best=run.state.step)
         run.folder.write_summary(run.summary)
     return {f"eval/{name}": value for name, value in figures.items()}

@@ -367,10 +367,12 @@ def resume_sft(
     run.optimizer.load_state_dict(checkpoint["optimizer"])
     run.step, run.tokens, run.seconds = step, checkpoint["tokens"], checkpoint["seconds"]
     run.best, run.summary = checkpoint["best"], checkpoint["summary"]
-    if run.step >= run.total:
+    summary = folder.path / "summary.json"  # the last thing that a run writes
+    if run.step >= run.total and summary.exists():
         raise HeelerError(
             f"{folder.path} is complete: it has done {run.step} updates; give a larger --updates N to go on"
         )
+    summary.unlink(missing_ok=True)
     folder.write_config({**saved, "config": to_json(config)})
     folder.forget_after(step)
     say(f"continuing {folder.path} after update {step}", show)
@@ -465,10 +467,14 @@ def _finish(run: SFTRun, show: bool) -> None:
         run.summary["best"] = {"step": run.best["step"], "loss": run.best["loss"]}
         say(f"held out after: {_describe(figures)}", show)
     model = run.policy.export_model()
-    model.save_pretrained(folder.path / "policy")
-    run.tokenizer.save_pretrained(folder.path / "policy")
-    if run.policy.peft_model is not None:
-        run.policy.peft_model.save_pretrained(folder.path / "policy" / "adapter")
+
+    def write(aside: Path) -> None:
+        model.save_pretrained(aside / "policy")
+        run.tokenizer.save_pretrained(aside / "policy")
+        if run.policy.peft_model is not None:
+            run.policy.peft_model.save_pretrained(aside / "policy" / "adapter")
+
+    folder.export(write, folder.path)
     _sample(run, model)
     run.summary |= {
         "updates": run.step, "tokens": run.tokens, "seconds": round(run.seconds, 2),

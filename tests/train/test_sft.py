@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from heeler import Full, HeelerError, LoRA, SFTConfig, TopLayers, resume_sft, train_sft, train_text
 from heeler.data.examples import load_examples
@@ -149,6 +149,37 @@ def test_resume_equals_uninterrupted(tiny_llama: str, tmp_path: Path, way: Any) 
     assert resumed.summary["eval/after"] == whole.summary["eval/after"]
     with pytest.raises(HeelerError, match="is complete"):
         resume_sft(tmp_path / "parts", data=ROWS, show=False)
+
+
+def test_an_interrupted_export_is_made_again(tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    options: dict[str, Any] = {"data": ROWS, "show": False}
+    config = config_of(tiny_llama, run, updates=2)
+    train_sft(replace(config, out=str(tmp_path / "whole")), **options)
+    for updates in (2, 3):  # the second time an earlier policy is there
+        before = {f.name: f.read_bytes() for f in (run / "policy").glob("*")}
+        with monkeypatch.context() as patch:
+
+            def cut(model: Any, folder: Path, **_: Any) -> None:
+                folder.mkdir()
+                (folder / "config.json").write_text("{")
+                raise KeyboardInterrupt
+
+            patch.setattr(PreTrainedModel, "save_pretrained", cut)
+            with pytest.raises(KeyboardInterrupt):
+                if updates == 2:
+                    train_sft(config, **options)
+                else:
+                    resume_sft(run, updates=updates, **options)
+        assert {f.name: f.read_bytes() for f in (run / "policy").glob("*")} == before
+        assert not list(run.rglob("*.partial"))
+        assert resume_sft(run, **options).step == updates
+        with pytest.raises(HeelerError, match="is complete"):
+            resume_sft(run, **options)
+    whole = resume_sft(tmp_path / "whole", updates=3, **options)
+    assert whole.step == 3
+    for file in ("model.safetensors", "config.json"):
+        assert (run / "policy" / file).read_bytes() == (tmp_path / "whole" / "policy" / file).read_bytes()
 
 
 def test_the_command_line(tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
