@@ -64,18 +64,21 @@ class Effort:
         reward_tokens: that the quick reward model is trained on.
         updates: of PPO.
         lr: their peak learning rate: fewer updates, larger steps.
+        kl_coef: of the penalty toward the reference. A reward model that was trained for longer is surer of itself, so
+            it pays more for the same text, and more of the penalty is needed to keep that text varied.
     """
 
     rate: float
     reward_tokens: int
     updates: int
     lr: float
+    kl_coef: float
 
 
 EFFORTS = (
-    Effort(600e9, reward_tokens=1_200_000, updates=36, lr=2e-4),  # AMX, or two cores of a Zen 5
-    Effort(260e9, reward_tokens=700_000, updates=24, lr=2.5e-4),  # AVX-512 with bf16, or more cores
-    Effort(0.0, reward_tokens=400_000, updates=14, lr=3e-4),
+    Effort(600e9, reward_tokens=1_200_000, updates=36, lr=2e-4, kl_coef=0.15),  # AMX, or two cores of a Zen 5
+    Effort(260e9, reward_tokens=700_000, updates=24, lr=2.5e-4, kl_coef=0.12),  # AVX-512 with bf16, or more cores
+    Effort(0.0, reward_tokens=400_000, updates=14, lr=3e-4, kl_coef=0.12),
 )
 
 
@@ -194,6 +197,7 @@ def text_config(recipe: IMDB, model: Path, reward: Path, out: str) -> TextConfig
     held_out = write_prompts(
         cache / f"imdb-eval-{recipe.words}-{recipe.eval_prompts}.jsonl", "test", recipe.eval_prompts, recipe.words
     )
+    chosen = EFFORTS[0] if recipe.updates else effort()
     return TextConfig(
         model=str(model),
         prompts=train,
@@ -202,13 +206,13 @@ def text_config(recipe: IMDB, model: Path, reward: Path, out: str) -> TextConfig
         judges=("judge=heeler.rewards.judges:vader", "judge_words=heeler.rewards.judges:bag_of_words"),
         out=out,
         seed=recipe.seed,
-        updates=recipe.updates or effort().updates,
+        updates=recipe.updates or chosen.updates,
         threads=recipe.threads,
         prompts_per_update=64,
         sampling=Sampling(max_new_tokens=24),
         trainable=TopLayers(layers=6),
-        kl=FixedKL(coef=0.12),
-        lr=EFFORTS[0].lr if recipe.updates else effort().lr,
+        kl=FixedKL(coef=chosen.kl_coef),
+        lr=chosen.lr,
         critic_lr=3e-3,
         lr_schedule=Schedule(shape="linear", end=0.1),
         advantage=AdvantageConfig(gamma=1.0, lam=0.95),
