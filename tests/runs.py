@@ -31,6 +31,13 @@ def small_dialogue(model: str, out: Path, **changes: Any) -> DialogueConfig:
     return DialogueConfig(**{**vars(small(model, out)), "max_turns": 3, **changes})
 
 
+def interrupted_save(model: Any, folder: Path, **_: Any) -> None:
+    """In place of `PreTrainedModel.save_pretrained`: Ctrl-C after the first half of the first file."""
+    folder.mkdir()
+    (folder / "config.json").write_text("{")
+    raise KeyboardInterrupt
+
+
 def numbers(folder: Path) -> list[dict[str, Any]]:
     """metrics.jsonl without what a clock decides."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

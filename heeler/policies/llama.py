@@ -63,7 +63,12 @@ def can_write_out(body: Any) -> bool:
     return all(
         not any(vars(module)[kind] for kind in hooks) and ("forward" not in vars(module) or is_checkpointed(module))
         for module in body.modules()
-    ) and all(type(layer.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation") for layer in body.layers)
+    ) and all(_known_mlp(layer.mlp) for layer in body.layers)
+
+
+def _known_mlp(mlp: Any) -> bool:
+    biased = any(product.bias is not None for product in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
+    return type(mlp.act_fn).__name__ in ("SiLU", "SiLUActivation") and not biased
 
 
 def run_layers(body: Any, x: Tensor, positions: Tensor | None, mask: Tensor | None) -> Tensor:

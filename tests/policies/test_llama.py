@@ -185,6 +185,7 @@ def test_checkpointed_layers_keep_their_input_alone() -> None:
 def test_what_is_changed_is_left_to_transformers() -> None:
     assert not can_write_out(body_of("mistral", sliding_window=8))
     assert not can_write_out(body_of("llama", hidden_act="gelu"))
+    assert not can_write_out(body_of("llama", mlp_bias=True))
     hooked, patched, exchanged = body_of("llama"), body_of("llama"), body_of("llama")
     hooked.layers[1].mlp.register_forward_hook(lambda *_: None)
     patched.layers[0].forward = lambda *_, **__: None

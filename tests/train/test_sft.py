@@ -18,7 +18,7 @@ from heeler.policies.loading import load_causal_lm, load_tokenizer
 from heeler.ppo.schedules import Schedule
 from heeler.runtime.passes import PassBudget
 from heeler.train.sft import as_inputs, build_sft_run, held_out_figures, sft_gradients
-from tests.runs import numbers, small
+from tests.runs import interrupted_save, numbers, small
 from tests.train.test_text import vowels
 
 ROWS = [{"prompt": f"{a}{b}=", "completion": f"{b}{a}."} for a in "abcd" for b in "efgh"]
@@ -159,13 +159,7 @@ def test_an_interrupted_export_is_made_again(tiny_llama: str, tmp_path: Path, mo
     for updates in (2, 3):  # the second time an earlier policy is there
         before = {f.name: f.read_bytes() for f in (run / "policy").glob("*")}
         with monkeypatch.context() as patch:
-
-            def cut(model: Any, folder: Path, **_: Any) -> None:
-                folder.mkdir()
-                (folder / "config.json").write_text("{")
-                raise KeyboardInterrupt
-
-            patch.setattr(PreTrainedModel, "save_pretrained", cut)
+            patch.setattr(PreTrainedModel, "save_pretrained", interrupted_save)
             with pytest.raises(KeyboardInterrupt):
                 if updates == 2:
                     train_sft(config, **options)

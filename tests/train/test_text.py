@@ -32,7 +32,7 @@ from heeler.runtime.passes import pass_budget
 from heeler.train import text
 from heeler.train.ppo import UpdateReport
 from heeler.train.text import build_text_run
-from tests.runs import numbers, small
+from tests.runs import interrupted_save, numbers, small
 from tests.tiny import save_tiny_model
 
 PROMPTS = ["ab", "c", "defgh", "xyz z"]
@@ -298,13 +298,7 @@ def test_an_interrupted_export_leaves_nothing_half_written_and_is_made_again(
     train_text(small(tiny_llama, tmp_path / "whole", updates=2), **options)
     for updates in (1, 2):
         with monkeypatch.context() as patch:
-
-            def cut(model: Any, folder: Path, **_: Any) -> None:
-                folder.mkdir()
-                (folder / "config.json").write_text("{")
-                raise KeyboardInterrupt
-
-            patch.setattr(PreTrainedModel, "save_pretrained", cut)
+            patch.setattr(PreTrainedModel, "save_pretrained", interrupted_save)
             with pytest.raises(KeyboardInterrupt, match="continue with: heeler resume"):
                 if updates == 1:
                     train_text(small(tiny_llama, run, updates=1), **options)
