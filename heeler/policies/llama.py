@@ -15,8 +15,8 @@ Autograd around transformers' modules keeps every intermediate result for the ba
 float32 as well. Here a layer keeps x, y, and the two products `[q k v]` and `[g u]`; what lies between them is cheap
 and computed again. Weights are rounded to bf16 into the joined matrix of each product, and not remembered.
 
-`tests/policies/test_llama.py` holds all of it to transformers and autograd in float64. Measured:
-docs/benchmarks/training_step.md. Norm: Zhang and Sennrich, 1910.07467; gate: Shazeer, 2002.05202.
+`tests/policies/test_llama.py` holds all of it to transformers and autograd in float64. Seconds and memory: docs/log.md,
+"Where the rest of an update goes on a Zen 5". Norm: Zhang and Sennrich, 1910.07467; gate: Shazeer, 2002.05202.
 """
 
 from __future__ import annotations
