@@ -272,10 +272,9 @@ def test_a_full_disk_is_said_once_and_the_run_goes_on(
     full_disk: Callable[[str, int], None], name: str, good: int, what: str, kept: int,
 ) -> None:  # fmt: skip
     flags = ("--checkpoint-every", "1", "--eval-prompts", "prompts.jsonl")
-    with monkeypatch.context():
-        full_disk(name, good)
-        sentence = run(capsys, tiny_llama, *flags)
-    monkeypatch.undo()
+    full_disk(name, good)
+    sentence = run(capsys, tiny_llama, *flags)
+    monkeypatch.undo()  # space is freed
     monkeypatch.chdir(workplace)
     assert sentence.startswith(f"heeler: cannot write {what}: ")
     end = f"; the checkpoint of update {kept} stays; free some space and continue with: heeler resume run"

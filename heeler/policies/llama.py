@@ -126,7 +126,7 @@ class _Shape:
     mask: Tensor | None
 
     def norm(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`(h * weight` in the products' type`, h, r)` of the states `x`; h and r in float32 at least."""
+        """`(h * weight, h, r)` of the states `x`: the first in the products' type, h and r in float32 at least."""
         h = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
         r = (torch.linalg.vector_norm(h, dim=-1, keepdim=True).square() / x.shape[-1] + self.eps).rsqrt()
         h = h * r
