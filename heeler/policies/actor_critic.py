@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -67,6 +67,7 @@ class ActorCritic(nn.Module):
         exploration: how draws of box actions differ from their means.
         normalize: keep running statistics of vector observations and normalise by them.
         clip_observations: normalised observations are clipped here.
+        precision: of the encoders, see `Body`.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class ActorCritic(nn.Module):
         exploration: Exploration | None = None,
         normalize: bool = False,
         clip_observations: float = 10.0,
+        precision: Literal["fp32", "bf16"] = "fp32",
     ) -> None:
         super().__init__()
         self.exploration = exploration or Independent()
@@ -95,8 +97,8 @@ class ActorCritic(nn.Module):
             raise HeelerError(
                 "there is no vector to normalise: images are divided by 255, leave normalize_observations off"
             )
-        self.actor = Body(build_encoder(network, observations), memory)
-        self.critic = self.actor if shared else Body(build_encoder(network, observations), memory)
+        self.actor = Body(build_encoder(network, observations), memory, precision)
+        self.critic = self.actor if shared else Body(build_encoder(network, observations), memory, precision)
         self.action_head = orthogonal(nn.Linear(self.actor.num_features, actions.num_parameters), 0.01)
         self.value_head = orthogonal(nn.Linear(self.critic.num_features, 1), 1.0)
         self.log_std: nn.Parameter | None = None
@@ -122,6 +124,15 @@ class ActorCritic(nn.Module):
     @property
     def device(self) -> torch.device:
         return self.value_head.weight.device  # pyright: ignore[reportReturnType]
+
+    @property
+    def precision(self) -> Literal["fp32", "bf16"]:
+        """What the encoders compute in; may be changed at any time, as all weights are fp32."""
+        return self.actor.precision
+
+    @precision.setter
+    def precision(self, precision: Literal["fp32", "bf16"]) -> None:
+        self.actor.precision = self.critic.precision = precision
 
     @property
     def state_size(self) -> int:

@@ -110,7 +110,9 @@ class ImageEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         if images.device.type == "cpu":  # channels last trains faster there (docs/log.md)
             images = images.contiguous(memory_format=torch.channels_last)
-        return self.linear(self.convolutions(images.float() / 255.0))
+        kind = images.device.type  # bytes are exact in bf16
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        return self.linear(self.convolutions(images.to(dtype) / 255.0))
 
 
 class MixedEncoder(nn.Module):
@@ -168,11 +170,13 @@ class Body(nn.Module):
     Args:
         encoder: observations to features.
         memory: size of the LSTM; 0 for none.
+        precision: that the encoder computes in, "bf16" by autocast; its weights and features, and the memory, are fp32.
     """
 
-    def __init__(self, encoder: nn.Module, memory: int) -> None:
+    def __init__(self, encoder: nn.Module, memory: int, precision: Literal["fp32", "bf16"] = "fp32") -> None:
         super().__init__()
         self.encoder = encoder
+        self.precision: Literal["fp32", "bf16"] = precision
         num_features: int = encoder.num_features  # pyright: ignore[reportAssignmentType]
         self.memory = nn.LSTM(num_features, memory) if memory else None
         if self.memory is not None:
@@ -183,7 +187,11 @@ class Body(nn.Module):
 
     def forward(self, observations: Observed) -> Tensor:
         """Features `[n, F]` of single observations, without memory."""
-        return self.encoder(observations)
+        if self.precision == "fp32":
+            return self.encoder(observations)
+        first = next(iter(observations.values())) if isinstance(observations, dict) else observations
+        with torch.autocast(first.device.type, torch.bfloat16):
+            return self.encoder(observations).float()
 
     def run(self, observations: Observed, length: int, states: Tensor) -> tuple[Tensor, Tensor]:
         """Features `[length * n, F]` along sequences, and the memory after them.
@@ -193,7 +201,7 @@ class Body(nn.Module):
             length: steps of each sequence.
             states: `[n, D]` memory before the first step.
         """
-        features = self.encoder(observations)
+        features = self(observations)
         if self.memory is None:
             return features, states
         hidden, cell = states.chunk(2, dim=1)

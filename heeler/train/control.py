@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -85,6 +85,8 @@ class GymConfig:
         eval_deterministic: evaluate the most likely actions instead of draws.
         device: "auto" takes a GPU where there is one and the environment shows images.
         threads: CPU threads of torch; None takes one for vectors, one for each core for images.
+        precision: of networks that read images: fp32, bf16 (weights in fp32 under autocast), or "auto", which measures
+            on a CPU and takes fp32 elsewhere. Vectors are computed in fp32.
         checkpoint_every: updates between checkpoints.
     """
 
@@ -113,6 +115,7 @@ class GymConfig:
     eval_deterministic: bool = True
     device: str = "auto"
     threads: int | None = None
+    precision: machine.Precision = "auto"
     checkpoint_every: int = 100
 
 
@@ -212,6 +215,9 @@ class GymRun(Run):
     def describe_evaluation(self, figures: Mapping[str, float]) -> str:
         return f"return {figures['reward']:.1f} ± {figures['reward/std']:.1f} over {figures['episodes']:.0f} episodes"
 
+    def resolved(self) -> dict[str, Any]:
+        return {"precision": self.policy.precision, **super().resolved()}
+
     def save_state(self) -> dict[str, Any]:
         scaler = self.scaler
         return {
@@ -253,7 +259,7 @@ def make_score(run: GymRun) -> Score:
         if bool((rollout.policy_versions != state.step).any()):
             raise CheckFailed(f"the environments were stepped with other weights than those of update {state.step}")
         gap = mean_size(rollout.behavior_logprobs - old, run.reduce)
-        check_paths(gap, 0.0, state.step, LOGPROB_TOLERANCE["fp32"])
+        check_paths(gap, 0.0, state.step, LOGPROB_TOLERANCE[policy.precision])
         rewards = rollout.step_rewards.to(old.dtype)
         scores = segment_sums(rewards, rollout.offsets)
         learned = rewards.sign() if signed else rewards
@@ -350,10 +356,13 @@ def build_gym_run(config: GymConfig) -> GymRun:
     machine.set_threads(config.threads or (1 if small else None))
     try:
         device = machine.choose_device("cpu" if small and config.device == "auto" else config.device)
-        policy = new_actor_critic(env.observations, env.actions, config).to(device)
+        precision, why = choose_precision(config.precision, env.observations, device)
+        policy = new_actor_critic(env.observations, env.actions, config, precision).to(device)
     except BaseException:
         env.close()
         raise
+    if precision == "bf16":
+        config = replace(config, ppo=replace(config.ppo, ratio_tolerance=max(config.ppo.ratio_tolerance, 0.05)))
     policy.fuse()
     parameters = policy.trained()
     groups = [{"params": parameters, "name": "policy", "base_lr": config.lr}]
@@ -371,7 +380,7 @@ def build_gym_run(config: GymConfig) -> GymRun:
     notes = [
         f"{config.env.id}: {config.env.num_envs} environments ({type(config.env.backend).__name__}), observations"
         f" {_describe_observations(env)}, actions {env.actions.kind} {env.actions.sizes}",
-        f"{device}, {machine.say_threads()}, {sum(p.numel() for p in parameters):,} weights;"
+        f"{device}, {machine.say_threads()}, {why}{sum(p.numel() for p in parameters):,} weights;"
         f" {config.updates} updates of {config.env.num_envs} x {config.num_steps} steps",
     ]
     return GymRun(
@@ -380,7 +389,26 @@ def build_gym_run(config: GymConfig) -> GymRun:
     )  # fmt: skip
 
 
-def new_actor_critic(observations: ObservationSpec, actions: ActionSpec, config: GymConfig) -> ActorCritic:
+def choose_precision(
+    wanted: machine.Precision, observations: ObservationSpec, device: str
+) -> tuple[Literal["fp32", "bf16"], str]:
+    """The precision of a run's networks, and why in words where there was a choice: `GymConfig.precision`."""
+    if not observations.images:
+        if wanted == "bf16":
+            raise HeelerError("--precision bf16 is for networks that read images, and here are none: leave it out")
+        return "fp32", ""
+    if wanted == "auto" and not device.startswith("cpu"):
+        return "fp32", "fp32, "
+    precision, why = machine.choose_precision(wanted, device)
+    return precision, f"{why}, "
+
+
+def new_actor_critic(
+    observations: ObservationSpec,
+    actions: ActionSpec,
+    config: GymConfig,
+    precision: Literal["fp32", "bf16"] = "fp32",
+) -> ActorCritic:
     """The networks that the config describes, freshly initialised."""
     return ActorCritic(
         observations,
@@ -391,6 +419,7 @@ def new_actor_critic(observations: ObservationSpec, actions: ActionSpec, config:
         log_std=config.log_std,
         exploration=config.exploration,
         normalize=config.normalize_observations,
+        precision=precision,
     )
 
 
@@ -430,7 +459,9 @@ def load_gym_run(path: str | Path, updates: int | None = None) -> GymRun:
     folder = RunFolder.open(path)
     saved = folder.read_config()
     config: GymConfig = from_json(GymConfig, saved["config"], str(folder.path / "config.json"))
-    config = replace(config, out=str(path), threads=saved["resolved"]["threads"], updates=updates or config.updates)
+    resolved = saved["resolved"]
+    chosen = {"threads": resolved["threads"], "precision": resolved.get("precision", "fp32")}
+    config = replace(config, out=str(path), updates=updates or config.updates, **chosen)
     run = build_gym_run(config)
     restore(run, folder)
     return run

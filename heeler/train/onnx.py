@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from pathlib import Path
@@ -77,7 +78,7 @@ def example_inputs(policy: ActorCritic, masked: bool, rows: int, seed: int) -> l
 
 
 def export_onnx(policy: ActorCritic, path: str | Path, *, masked: bool = False) -> dict[str, float]:
-    """Write the policy as an ONNX file and compare it with torch on random inputs.
+    """Write the policy, in fp32, as an ONNX file and compare it with torch on random inputs.
 
     Args:
         policy: on the CPU.
@@ -98,6 +99,8 @@ def export_onnx(policy: ActorCritic, path: str | Path, *, masked: bool = False) 
         require(package, "onnx")
     import onnxruntime
 
+    policy = copy.deepcopy(policy)
+    policy.precision = "fp32"
     module = _Deployed(policy).eval()
     module.names = input_names(policy, masked)
     outputs = ["action", "parameters", "value", *(["next_state"] if policy.recurrent else [])]

@@ -104,12 +104,14 @@ def test_state_dependent_exploration_is_learned_and_exported(tmp_path):
     export_onnx(run.policy, tmp_path / "policy.onnx")  # raises where the file says something else
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kwargs", [{"vector": True}, {"vector": False, "channels_last": False}])
-def test_pictures_are_learned(kwargs, tmp_path):
+def test_pictures_are_learned(kwargs, precision, tmp_path):
     run = train(
         "tests.toy_envs:Pictures", tmp_path, kwargs=kwargs, steps=768, num_steps=24, network=NatureCNN(features=32),
-        shared=True, lr=1e-3, advantage=AdvantageConfig(gamma=0.5),
+        shared=True, lr=1e-3, advantage=AdvantageConfig(gamma=0.5), precision=precision,
     )  # fmt: skip
+    assert run.policy.precision == precision
     assert run.evaluate(episodes=8, deterministic=True)["reward"] > 7.5
     export_onnx(run.policy, tmp_path / "policy.onnx")  # raises where the file says something else
 
@@ -574,6 +576,21 @@ def test_vectors_take_one_thread_and_pictures_every_core(id, changes, threads, t
     assert torch.get_num_threads() == threads
 
 
+def test_precision_is_chosen_for_pictures_and_stays_when_a_run_is_resumed(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "choose_precision", lambda wanted, device: ("bf16", "bf16: it is fast here"))
+    shown = {"kwargs": {"vector": False}, "network": NatureCNN(features=8), "shared": True}
+    picture = {"num_envs": 2, "num_steps": 8, "lr_schedule": Schedule(), "ppo": replace(PPO, minibatches=1), **shown}
+    run = train("tests.toy_envs:Pictures", tmp_path, updates=2, **picture)
+    assert run.policy.precision == run.resolved()["precision"] == "bf16"
+    assert run.config.ppo.ratio_tolerance == 0.05
+    assert train("CartPole-v1", tmp_path, name="vectors", updates=1).policy.precision == "fp32"
+    monkeypatch.undo()
+    monkeypatch.setattr(machine, "_seconds_per_product", lambda dtype, *_: 1.0)  # another machine would take fp32
+    assert train("tests.toy_envs:Pictures", tmp_path, name="other", updates=1, **picture).policy.precision == "fp32"
+    assert resume_gym(tmp_path / "run", updates=3, show=False).policy.precision == "bf16"
+    assert load_actor_critic(tmp_path / "run")[0].precision == "fp32"
+
+
 class OwnNetwork(torch.nn.Module):
     def __init__(self, inputs: int) -> None:
         super().__init__()
@@ -633,6 +650,7 @@ def test_atari_games_get_the_atari_settings():
         (["gym", "--env", "tests.toy_envs:OneState", "env.backend:vectorized"], "has no vectorised version"),
         (["gym", "--env", "CartPole-v1", "--checkpoint-every", "0"], "--checkpoint-every must be at least 1"),
         (["gym", "--env", "CartPole-v1", "--device", "gpu"], "there is no device 'gpu'"),
+        (["gym", "--env", "CartPole-v1", "--precision", "bf16"], "--precision bf16 is for networks that read images"),
         (["cartpol"], "did you mean cartpole"),
     ],
 )
