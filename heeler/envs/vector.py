@@ -18,6 +18,8 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -151,7 +153,8 @@ def make_one(config: EnvConfig, render_mode: str | None = None) -> Any:
             env = load_function(config.id, "environment", "my_envs:Maze")(**kwargs)
         else:
             _register(config.id)
-            env = gymnasium.make(config.id, disable_env_checker=True, **kwargs)
+            with _quiet_models(config.id):
+                env = gymnasium.make(config.id, disable_env_checker=True, **kwargs)
     except HeelerError:
         raise
     except gymnasium.error.UnregisteredEnv as error:
@@ -183,6 +186,30 @@ def _register(id: str) -> None:
         import gymnasium
 
         gymnasium.register_envs(ale_py)
+
+
+@contextmanager
+def _quiet_models(id: str) -> Iterator[None]:
+    """Drop what MuJoCo says of old words in the models of Gymnasium: a line on standard error for each environment, and
+    another in a file MUJOCO_LOG.TXT in the working folder. Anything else that it warns of is a Python warning."""
+    import gymnasium
+
+    spec = gymnasium.registry.get(id)
+    if spec is None or "mujoco" not in str(spec.entry_point) or find_spec("mujoco") is None:
+        yield
+        return
+    mujoco: Any = import_module("mujoco")
+
+    def hear(text: str) -> None:
+        if "deprecated" not in text:
+            warnings.warn(f"MuJoCo: {text}", stacklevel=2)
+
+    before = mujoco.get_mju_user_warning()
+    mujoco.set_mju_user_warning(hear)
+    try:
+        yield
+    finally:
+        mujoco.set_mju_user_warning(before)
 
 
 def _extra(id: str) -> str:

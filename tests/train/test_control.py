@@ -344,6 +344,14 @@ def test_mujoco_resumes_in_the_middle_of_its_episodes(tmp_path):
     assert lines(resume_gym(tmp_path / "half", updates=5, show=False)) == lines(whole)
 
 
+def test_mujocos_complaints_about_models_stay_out_of_the_users_way(tmp_path, monkeypatch, capfd):
+    mujoco = pytest.importorskip("mujoco")
+    monkeypatch.chdir(tmp_path)
+    make_one(EnvConfig(id="HalfCheetah-v5")).close()
+    assert capfd.readouterr().err == "" and not any(tmp_path.iterdir())
+    assert mujoco.get_mju_user_warning() is None
+
+
 def test_environments_without_a_known_state_start_anew_and_say_so(tmp_path, capsys):
     train("tests.toy_envs:Identity", tmp_path, updates=2)
     run = resume_gym(tmp_path / "run", updates=4)
