@@ -137,6 +137,30 @@ class Masked(gym.Env):
         return observation, float(action), self.t >= 6, False, info
 
 
+class MaskedPairs(gym.Env):
+    """Two choices at once, of 3 and 4, each with its mask in info; pays 1 for each that repeats the cue shown first."""
+
+    observation_space = spaces.Box(-1.0, 1.0, (2,), np.float32)
+    action_space = spaces.MultiDiscrete([3, 4])
+
+    def _info(self) -> dict[str, Any]:
+        self.mask = self.np_random.integers(0, 2, 7).astype(np.int8)
+        self.mask[[self.cue, 3 + self.cue]] = 1
+        return {"action_mask": self.mask.copy()}
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.t, self.cue = 0, int(self.np_random.integers(3))
+        return np.array([self.cue - 1.0, 1.0], np.float32), self._info()
+
+    def step(self, action: Any) -> Any:
+        first, second = (int(a) for a in action)
+        assert self.mask[first] and self.mask[3 + second], f"{action} was forbidden by {self.mask}"
+        reward = float(first == self.cue) + float(second == self.cue)
+        self.t += 1
+        return np.zeros(2, np.float32), reward, self.t >= 4, False, self._info()
+
+
 class Recall(gym.Env):
     """A cue is shown once; the last of `delay` further steps pays 1 for repeating it. Needs a memory."""
 

@@ -43,6 +43,18 @@ def test_a_lost_life_cuts_the_future_but_not_the_game(backend):
             assert not env.same_step and not (step.dummies & step.lost_life).any()
 
 
+def test_the_final_frames_of_a_game_are_those_of_its_last_step():
+    """Both kinds of autoreset play the same game: what one hands over as final is what the other shows at its end."""
+    (_, same), (_, following) = (play(mode, 400, num_envs=1, seed=5) for mode in MODES)
+    end = next(t for t, step in enumerate(following) if step.terminated.any())
+    assert end > 50 and same[end].terminated.all()
+    assert [s.rewards.tolist() for s in same[: end + 1]] == [s.rewards.tolist() for s in following[: end + 1]]
+    indices, final = same[end].final
+    assert indices.tolist() == [0]
+    np.testing.assert_array_equal(final, following[end].observations)
+    assert (same[end].observations != final).any()  # that is the next game's first
+
+
 def test_without_life_is_episode_nothing_is_cut():
     _, taken = play(replace(MODES[0], life_is_episode=False), 200)
     assert all(step.lost_life is None for step in taken)

@@ -41,6 +41,7 @@ from heeler.train.control import (
     resume_gym,
     train_gym,
 )
+from heeler.train.evaluate_control import record_video
 from heeler.train.onnx import export_onnx
 from heeler.types import HeelerError
 
@@ -91,6 +92,16 @@ def test_memory_and_masks_go_together(tmp_path):
         network=MLP(hidden=(16,)), advantage=AdvantageConfig(gamma=0.5),
     )  # fmt: skip
     assert run.evaluate(episodes=40, deterministic=True)["reward"] > 13.5  # random play gets about 9, the best about 15
+
+
+@pytest.mark.parametrize("backend", SYNC, ids=str)
+def test_two_masked_choices_are_learned_with_a_memory(backend, tmp_path):
+    """The cue is shown at the first step only, so that three of four rewards need the memory."""
+    run = train(
+        "tests.toy_envs:MaskedPairs", tmp_path, backend=backend, steps=4_000, memory=16, lr=1e-2, num_steps=24,
+        network=MLP(hidden=(16,)), advantage=AdvantageConfig(gamma=0.5),
+    )  # fmt: skip
+    assert run.evaluate(episodes=100, deterministic=True)["reward"] > 7.5  # of 8; without a memory at most about 5.5
 
 
 def test_state_dependent_exploration_is_learned_and_exported(tmp_path):
@@ -689,6 +700,16 @@ def test_the_command_line_end_to_end(tmp_path, capsys):
     assert json.loads((tmp_path / "run" / "eval.json").read_text())["episodes"] == 2
     assert main(["export", out, "--onnx", str(tmp_path / "policy.onnx")]) == 0
     assert "100% of the actions are equal" in capsys.readouterr().out
+
+
+def test_a_film_has_a_picture_for_every_step(tmp_path):
+    imageio = pytest.importorskip("imageio.v3")
+    run = train("CartPole-v1", tmp_path, updates=1)
+    film = tmp_path / "film.mp4"
+    frames = record_video(load_policy(tmp_path / "run"), run.config.env, film, seed=3)
+    pictures = imageio.imread(film, plugin="FFMPEG")
+    assert len(pictures) == frames > 5 and pictures.shape[3] == 3
+    assert pictures.std() > 5 and (pictures[0] != pictures[-1]).any()  # something is drawn, and it moves
 
 
 def test_a_run_whose_seed_grew_large_still_resumes(tmp_path):
