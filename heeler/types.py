@@ -29,7 +29,7 @@ class HeelerError(Exception):
 
 
 class Unavailable(HeelerError):
-    """Something outside the run does not answer any more (a reward server): the run saves before it gives up."""
+    """A reward failed (its server is gone, its function raised): nothing was learned yet, so the run saves first."""
 
 
 class CheckFailed(HeelerError):

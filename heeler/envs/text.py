@@ -174,16 +174,18 @@ class ToolEnv:
         tools: functions from the input of a call to its output. One that raises `ToolError` is answered by
             `error: MESSAGE`; other exceptions stop the run.
         observation: the text around an output, with `{}` in its place.
-        stop: where a turn ends: the ends of calls, and what a subclass names here itself.
+        stop: where a turn ends: the ends of calls, and what a subclass, or the one that it inherits from, names here.
     """
 
     tools: ClassVar[Mapping[str, Callable[[str], str]]] = {}
     observation: ClassVar[str] = " = {}"
     stop: ClassVar[tuple[str, ...]] = ()
+    _named_stop: ClassVar[tuple[str, ...]] = ()  # by the class or the nearest one above it that names any
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
-        cls.stop = (*(f"</{name}>" for name in cls.tools), *cls.__dict__.get("stop", ()))
+        cls._named_stop = cls.__dict__.get("stop", cls._named_stop)
+        cls.stop = (*(f"</{name}>" for name in cls.tools), *cls._named_stop)
 
     def __init__(self, prompt: Any = None, **columns: Any) -> None:
         names = "|".join(re.escape(name) for name in self.tools)

@@ -32,7 +32,8 @@ class ScoreShaping:
     """What happens to scores before they become rewards; logs show the raw ones.
 
     Attributes:
-        scale: divide by the running standard deviation of all scores so far [Zheng et al., 2307.04964, section 5].
+        scale: divide by the running standard deviation of all scores so far [Zheng et al., 2307.04964, section 5]; as
+            long as all of them were equal, they stay as they are.
         clip: then cut off beyond +-clip; None cuts nothing.
         whiten: divide the rewards of all decisions, KL penalty included, by their standard deviation over the batch;
             the mean stays [Ziegler et al., 1909.08593].
@@ -45,7 +46,7 @@ class ScoreShaping:
     def apply(self, x: Tensor, std: float) -> Tensor:
         """Scores, or rewards of single tokens, scaled by `std` and clipped."""
         if self.scale:
-            x = x / max(std, 1e-8)
+            x = x / std
         return x if self.clip is None else x.clamp(-self.clip, self.clip)
 
 

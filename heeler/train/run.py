@@ -251,7 +251,7 @@ def _train_and_export(run: Run, on_update: OnUpdate | None, show: bool) -> None:
         try:
             train_loop(state, collector, run.score(), config, run.reduce, after_update, run.revalue())
             trained = True
-        except Unavailable:
+        except Unavailable:  # the weights are those of the last update
             if run.rollouts_are_pure and folder.last_checkpoint() != state.step:
                 machine.restore_random_states(random)  # the reward that failed may have drawn some
                 save(run, keep_best=run.summary.get("best", {}).get("step"))

@@ -12,7 +12,7 @@ import torch
 from heeler.policies.inputs import TokenInputs
 from heeler.ppo.kl import kl_estimate, next_kl_coef
 from heeler.ppo.minibatches import budgeted_microbatches, decision_indices
-from heeler.ppo.moments import moments, whiten
+from heeler.ppo.moments import RunningMoments, moments, whiten
 from heeler.ppo.shaping import segment_sums, segment_weights, shape_rewards
 from heeler.train.ppo import TrainState
 from heeler.types import CheckFailed, HeelerError, PolicyOutput, Reduce, Rollout, ScoredRollout
@@ -28,6 +28,12 @@ KEPT_PASSES = 4  # of the token budget: a rollout up to this size is kept with i
 PROBED = 4  # sequences, or an eighth, that the trainer scores too where the engine's log-probabilities are taken
 
 
+def scale_of(moments: RunningMoments) -> float:
+    """What `--shaping.scale` divides by: the scores' deviation, or 1 where they differ by no more than rounding."""
+    std = float(moments.var.sqrt())
+    return std if std > 1e-4 * abs(float(moments.mean)) else 1.0
+
+
 def make_score(run: TextRun) -> Callable[[Rollout, TrainState], tuple[ScoredRollout, dict[str, float]]]:
     """The scoring stage: rewards, old and reference log-probabilities, values, KL shaping, and its checks."""
     config, policy, reduce = run.config, run.policy, run.reduce
@@ -36,7 +42,7 @@ def make_score(run: TextRun) -> Callable[[Rollout, TrainState], tuple[ScoredRoll
     def score(rollout: Rollout, state: TrainState) -> tuple[ScoredRollout, dict[str, float]]:
         inputs = rollout.inputs
         assert isinstance(inputs, TokenInputs)
-        output = run.judge(rollout)
+        output = run.judged(rollout)
         device = rollout.behavior_logprobs.device
         scores = output.scores.to(device)
         if not bool(torch.isfinite(scores).all()):
@@ -51,7 +57,7 @@ def make_score(run: TextRun) -> Callable[[Rollout, TrainState], tuple[ScoredRoll
         token_rewards = None if output.token_rewards is None else _flat_rewards(output.token_rewards, rollout)
         if config.shaping.scale:
             run.score_moments = run.score_moments.merge(scores, reduce)
-        std = float(run.score_moments.var.sqrt())
+        std = scale_of(run.score_moments)
         if token_rewards is None:
             paid = config.shaping.apply(scores, std)
         else:

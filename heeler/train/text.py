@@ -7,6 +7,7 @@ print(run.sample("Once upon"))
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from heeler.policies.llama import can_write_out
 from heeler.policies.seq2seq import Seq2SeqPolicy
 from heeler.policies.token_masks import AllTokens, TokenMask, token_bias
 from heeler.ppo.advantages import AdvantageConfig
-from heeler.ppo.kl import FixedKL, KLConfig, KLEstimator
+from heeler.ppo.kl import AdaptiveKL, FixedKL, KLConfig, KLEstimator
 from heeler.ppo.moments import RunningMoments
 from heeler.ppo.schedules import Schedule
 from heeler.ppo.shaping import ScoreShaping, Truncation
@@ -47,7 +48,7 @@ from heeler.train.optimizers import AdamW, check_installed, make_adamw
 from heeler.train.ppo import Score, TrainState, UpdateReport
 from heeler.train.run import Run, at_least, begin, default_out, new_folder, restore, resume
 from heeler.train.scoring import make_score
-from heeler.types import Engine, HeelerError, Reward, RewardOutput, Rollout, Samples, Sampling
+from heeler.types import Engine, HeelerError, Reward, RewardOutput, Rollout, Samples, Sampling, Unavailable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +161,7 @@ class TextRun(Run):
     """A run on a language model: everything that training, evaluation and sampling share."""
 
     verb = "ppo lm"
+    best_figure = "reward_score"  # what is trained, also where a probability is shown
     rollouts_are_pure = True  # prompts and draws are functions of the seed and the update
     rewards_are_scores = True  # a cut completion was scored as a whole: `bootstrap` withholds that score
 
@@ -215,6 +217,15 @@ class TextRun(Run):
     def judge(self, rollout: Rollout) -> RewardOutput:
         """The rewards of a rollout, before any shaping."""
         return self.reward(self.samples_of(rollout))
+
+    def judged(self, rollout: Rollout) -> RewardOutput:
+        """`judge`; whatever is wrong with the reward, the run as it was can be saved and continued."""
+        try:
+            return self.judge(rollout)
+        except Unavailable:
+            raise
+        except HeelerError as error:
+            raise Unavailable(str(error)) from error
 
     def episode_figures(self, rollout: Rollout) -> dict[str, torch.Tensor]:
         """Further figures of a rollout, `[S]` each, of which means are logged and evaluated."""
@@ -290,7 +301,7 @@ class TextRun(Run):
             bar.close()
             count = len(self.eval_prompts)
             bar = progress(count * (2 + len(self.judges)), "judging", "text", show=show)  # reward, perplexity, judges
-            scored = self.judge(rollout)
+            scored = self.judged(rollout)
             bar.update(count)
             evaluation = evaluate_text(
                 self.policy, rollout, self.samples_of(rollout), scored, self.judges,
@@ -358,6 +369,8 @@ def build_text_run(
             "--ppo.minibatches": (config.ppo.minibatches, 1),
         }
     )
+    if isinstance(config.kl, AdaptiveKL):
+        at_least({"--kl.target": (config.kl.target, 1e-3), "--kl.horizon": (config.kl.horizon, 1)})
     check_installed(config.optimizer)
     if config.sampling.top_k != 0 or config.sampling.top_p != 1.0:
         raise HeelerError(
@@ -378,8 +391,9 @@ def build_text_run(
     scorer: Reward
     if reward is None:
         scorer = load_reward(config.reward, device, precision)
-    elif callable(reward) and hasattr(reward, "__name__"):
-        scorer = FunctionReward(reward, getattr(reward, "__name__", "reward"))  # pyright: ignore
+    elif not isinstance(reward, HTTPReward) and _takes_columns(reward):
+        inner: Any = getattr(reward, "func", reward)  # of functools.partial
+        scorer = FunctionReward(reward, getattr(inner, "__name__", type(inner).__name__))  # pyright: ignore
     else:
         scorer = reward  # pyright: ignore
         if isinstance(scorer, HTTPReward):
@@ -471,6 +485,12 @@ def build_text_run(
         config=config, tokenizer=tokenizer, policy=policy, engine=engine, reward=scorer, judges=judges,
         prompts=loaded, eval_prompts=loaded_eval, state=state, notes=notes,
     )  # fmt: skip
+
+
+def _takes_columns(reward: Any) -> bool:
+    """Whether it is called as a function of the user's is, with keywords, and not as a `Reward` with `Samples`."""
+    parameters = inspect.signature(reward).parameters.values()
+    return any(p.name in ("prompts", "completions") or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def takes_engine_logprobs(config: TextConfig, precision: str) -> bool:

@@ -61,6 +61,10 @@ def test_tools_of_ones_own() -> None:
     class Lines(Library):
         stop = ("\n",)
 
+    class Counted(Lines):
+        tools = {"count": len}  # noqa: RUF012
+
+    assert Counted.stop == ("</count>", "\n")
     assert Library.stop == ("</find>", "</len>") and ToolEnv.stop == () and Lines.stop == (*Library.stop, "\n")
     env = Library("q")
     assert env.step("<find>a{b}\nc</find>\n").observation == "\n<out>A{B}\nC</out>\n"

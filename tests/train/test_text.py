@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import signal
 from dataclasses import replace
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from heeler.runtime.passes import pass_budget
 from heeler.train import text
 from heeler.train.ppo import UpdateReport
 from heeler.train.text import build_text_run
+from heeler.types import RewardOutput, Samples
 from tests.runs import interrupted_save, numbers, small
 from tests.tiny import save_tiny_model
 
@@ -276,6 +279,69 @@ def test_per_token_rewards_and_columns_arrive(tiny_llama: str, tmp_path: Path) -
     except HeelerError as error:  # a completion ended early: then the sentence must say which and how long it is
         assert "token rewards for completion" in str(error)
     assert got["answer"] == [p.upper() for p in got["prompts"]] and len(got["level"]) == 8
+
+
+@pytest.mark.parametrize("fails_at", [3, 4], ids=["a rollout", "an evaluation"])
+def test_a_reward_that_raises_loses_nothing(fails_at: int, tiny_llama: str, tmp_path: Path) -> None:
+    """Calls: evaluation, update 1, update 2, update 3, evaluation of update 3."""
+    config = small(tiny_llama, tmp_path / "run", checkpoint_every=100, eval_every=3)
+    given: dict[str, Any] = {"prompts": PROMPTS, "eval_prompts": PROMPTS[:2], "show": False}
+    calls = 0
+
+    def broken(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+        nonlocal calls
+        calls += 1
+        if calls == fails_at + 1:
+            raise ValueError("no such row")
+        return vowels(prompts, completions)
+
+    done = fails_at - 1
+    said = rf"no such row.*\[after update {done}; .* holds update {done}, continue it with"
+    with pytest.raises(HeelerError, match=said):
+        train_text(config, reward=broken, **given)
+    resume_text(tmp_path / "run", reward=vowels, **given)
+    whole = replace(config, out=str(tmp_path / "whole"))
+    train_text(whole, reward=vowels, **given)
+    assert numbers(tmp_path / "run") == numbers(tmp_path / "whole")
+
+
+class Longer:
+    """A reward function with something to remember; called with keywords."""
+
+    def __init__(self, least: int) -> None:
+        self.least = least
+
+    def __call__(self, prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+        return [float(len(text) > self.least) for text in completions]
+
+
+def test_rewards_are_functions_of_any_make(tiny_llama: str, tmp_path: Path) -> None:
+    for name, reward in {"vowels": partial(vowels, answer=None), "Longer": Longer(3)}.items():
+        run = train_text(small(tiny_llama, tmp_path / name, updates=1), prompts=PROMPTS, reward=reward, show=False)
+        assert run.reward.name == name
+
+
+def test_what_is_trained_chooses_the_best_policy(tiny_llama: str, tmp_path: Path) -> None:
+    """Here the probability falls while the score rises."""
+
+    def reward(samples: Samples) -> RewardOutput:
+        scores = torch.tensor([float(len(text)) for text in samples.completions]) + next(later)
+        return RewardOutput(scores=scores, token_rewards=None, components={"probability": torch.sigmoid(-scores)})
+
+    later = count(0, 10)
+    run = train_text(
+        small(tiny_llama, tmp_path / "run", eval_every=1, updates=2), prompts=PROMPTS, eval_prompts=PROMPTS[:2],
+        reward=reward, show=False,
+    )  # fmt: skip
+    assert run.summary["best"]["step"] == 2
+
+
+def test_prompts_of_training_among_those_of_evaluation_are_said(tiny_llama: str, tmp_path: Path) -> None:
+    run = train_text(
+        small(tiny_llama, tmp_path / "run", updates=1), prompts=PROMPTS, eval_prompts=[PROMPTS[1], "new"],
+        reward=vowels, show=False,
+    )  # fmt: skip
+    assert any("1 of the evaluation prompts are trained on too" in note for note in run.notes)
 
 
 def test_ctrl_c_saves_and_says_how_to_resume(tiny_llama: str, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from transformers import AddedToken
 
 from heeler import Full, HeelerError, LoRA, PPOConfig, Sampling, TextConfig, TopLayers, train_text
 from heeler.policies.inputs import TokenInputs
@@ -16,11 +17,14 @@ from heeler.policies.language_model import LanguageModelPolicy, SeparateCritic, 
 from heeler.policies.loading import load_causal_lm, load_tokenizer
 from heeler.policies.token_masks import MASKED, AllTokens, OnlyTokens, WithoutTokens, token_bias
 from heeler.ppo.advantages import AdvantageConfig
+from heeler.ppo.moments import RunningMoments
 from heeler.ppo.shaping import ScoreShaping
 from heeler.rollout.engines.hf import HFEngine
 from heeler.rollout.engines.native import NativeEngine
 from heeler.rollout.engines.stopping import StopStrings
 from heeler.rollout.text import decode, pack
+from heeler.runtime.reduce import LocalReduce
+from heeler.train.scoring import scale_of
 from heeler.types import Request
 from tests.runs import numbers, small
 from tests.tiny import save_tiny_model
@@ -137,6 +141,26 @@ def test_an_empty_stop_string_is_refused(tiny_llama: str) -> None:
         StopStrings(load_tokenizer(tiny_llama), ["", "a"])
 
 
+@pytest.mark.parametrize("engine", [NativeEngine, HFEngine])
+def test_a_special_token_is_a_stop_string_by_its_id(tiny_llama: str, engine: Any) -> None:
+    """Texts are decoded without special tokens, so it never stands in one."""
+    tokenizer, model = load_tokenizer(tiny_llama), load_causal_lm(tiny_llama)
+    free = engine(model, eos_ids=[], tokenizer=tokenizer).generate(REQUESTS[:1], Sampling(max_new_tokens=8))[0]
+    drawn = free.tokens[4]
+    text = tokenizer.convert_ids_to_tokens(drawn)
+    tokenizer.add_tokens(AddedToken(text, special=True))
+    assert tokenizer.convert_tokens_to_ids(text) == drawn and drawn not in free.tokens[:4]
+    sampling = Sampling(max_new_tokens=8, stop=(text, "not in there"))
+    ended = engine(model, eos_ids=[], tokenizer=tokenizer).generate(REQUESTS[:1], sampling)[0]
+    assert list(ended.tokens) == list(free.tokens[:5])
+    assert (ended.finish_reason, ended.stop_string) == ("stop", text)
+    assert decode(tokenizer, ended) == tokenizer.decode(free.tokens[:4])
+    with pytest.raises(
+        HeelerError, match=r"the special token .* and more: .* would never be found; give .* alone"
+    ):
+        StopStrings(tokenizer, [text + "!"])
+
+
 def test_what_stops_at_a_string_has_ended(tiny_llama: str, tmp_path: Path) -> None:
     stop = ("e", "a", "o", "t", "n", "s", "1", " ")
     seen: list[tuple[str, bool]] = []
@@ -173,6 +197,21 @@ def test_score_shaping(tiny_llama: str, tmp_path: Path) -> None:
         std = torch.tensor(so_far, dtype=torch.float64).std(correction=0)
         expected = (torch.tensor(given[k]) / std).clamp(-0.5, 0.5)
         assert float(rewards[k].sum()) == pytest.approx(float(expected.sum()), rel=1e-4)
+
+
+def test_scores_that_have_not_differed_yet_stay_as_they_are(tiny_llama: str, tmp_path: Path) -> None:
+    seen: list[float] = []
+
+    def reward(prompts: Any, completions: Any) -> list[float]:
+        seen.append(1.0)
+        return [1.0 if len(seen) < 3 else float(i % 2) for i in range(len(completions))]
+
+    config = small(tiny_llama, tmp_path / "run", shaping=ScoreShaping(scale=True), updates=3)
+    train_text(config, prompts=PROMPTS, reward=reward, show=False)
+    losses = [row["value/loss"] for row in numbers(tmp_path / "run")]
+    assert max(losses) < 20  # divided by the rounding of a constant they would be of 1e15
+    assert scale_of(RunningMoments()) == 1.0
+    assert scale_of(RunningMoments().merge(torch.tensor([2e-6, 4e-6]), LocalReduce())) == pytest.approx(1e-6)
 
 
 def test_whitened_rewards_keep_their_mean(tiny_llama: str, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from heeler.rollout.engines.stopping import special_stops
 from heeler.rollout.engines.weights import WeightReceiver
 from heeler.runtime.packages import require
 from heeler.types import CheckFailed, Completion, HeelerError, Request, Sampling
@@ -64,7 +65,7 @@ class VLLMEngine(WeightReceiver):
         super().__init__(model)
         self.eos_ids = sorted(eos_ids)
         self.allowed = None if token_bias is None else (token_bias == 0).nonzero()[:, 0].tolist()
-        self.has_tokenizer = tokenizer is not None
+        self.tokenizer = tokenizer
         vocabulary = model.get_output_embeddings().weight.shape[0]
         self.probe = torch.randint(vocabulary, (PROBE_TOKENS,), generator=torch.Generator().manual_seed(0)).tolist()
         for name, value in ENVIRONMENT.items():
@@ -133,8 +134,10 @@ class VLLMEngine(WeightReceiver):
 
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         self.check_ready()
-        if sampling.stop and not self.has_tokenizer:
+        if sampling.stop and self.tokenizer is None:
             raise HeelerError("stop strings need the tokenizer: pass it to VLLMEngine")
+        special = special_stops(self.tokenizer, sampling.stop) if sampling.stop else {}
+        strings = [text for text in sampling.stop if text not in special.values()]
         params = [
             self.sampling_params(
                 temperature=sampling.temperature,
@@ -142,12 +145,12 @@ class VLLMEngine(WeightReceiver):
                 top_p=sampling.top_p,
                 max_tokens=sampling.max_new_tokens,
                 seed=request.seed,
-                stop=list(sampling.stop) or None,
-                stop_token_ids=self.eos_ids,
+                stop=strings or None,
+                stop_token_ids=[*self.eos_ids, *special],
                 ignore_eos=True,  # eos_ids say it all
                 allowed_token_ids=self.allowed,
                 logprobs=0,
-                detokenize=bool(sampling.stop),
+                detokenize=bool(strings),
             )
             for request in requests
         ]
