@@ -99,6 +99,7 @@ def apart(recipe: str, folder: Path) -> list[str]:
     now = RECIPES[recipe]()
     if 0 <= run.steps - now.steps < run.num_steps * run.env.num_envs:  # whole rollouts
         now = replace(now, steps=run.steps)
+    run = replace(run, ppo=replace(run.ppo, ratio_tolerance=now.ppo.ratio_tolerance))  # in bf16 a run widens it
     of_the_run = ("out", "seed", "threads", "eval_episodes", "updates")
     names = [field.name for field in fields(now) if field.name not in of_the_run]
     return [
