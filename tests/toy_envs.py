@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from typing import Any
 
 import gymnasium as gym
@@ -212,6 +213,60 @@ class Broken(gym.Env):
         return observation, reward, False, False, {}
 
 
+class Reuses(gym.Env):
+    """Writes every observation, 1, 2, ... after 0, into the same arrays; cut after 5 steps."""
+
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, as_dict: bool = False) -> None:
+        box = spaces.Box(0.0, 9.0, (1,), np.float32)
+        self.observation_space = spaces.Dict({"a": box, "b": box}) if as_dict else box
+        self.kept = np.zeros(1, np.float32)
+        self.shown = {"a": self.kept, "b": self.kept} if as_dict else self.kept
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> Any:
+        super().reset(seed=seed)
+        self.kept[:] = 0
+        return self.shown, {}
+
+    def step(self, action: Any) -> Any:
+        self.kept += 1
+        return self.shown, 1.0, False, bool(self.kept[0] >= 5), {}
+
+
+class Simulator(OneState):
+    """Stands for one elsewhere: it is gone at the third step."""
+
+    def step(self, action: Any) -> Any:
+        if self.t == 2:
+            raise ConnectionRefusedError("the simulator on port 5000 is gone")
+        return super().step(action)
+
+
+class OddState(OneState):
+    """Tells its state in something that no checkpoint takes, or fails to."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def get_state(self) -> dict[str, Any]:
+        if self.how == "raises":
+            raise KeyError("level")
+        return {"queue": deque([1, 2])} if self.how == "deque" else {"names": [np.array(["a"])]}
+
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+class Forgetful(Masked):
+    """Gives its mask with every second step only."""
+
+    def step(self, action: Any) -> Any:
+        observation, reward, terminated, truncated, _ = super().step(action)
+        self.mask[:] = 1
+        return observation, reward, terminated, truncated, {"action_mask": self.mask.copy()} if self.t % 2 else {}
+
+
 class Strange(gym.Env):
     """A space that no network here reads, or that PPO cannot choose from."""
 
@@ -251,6 +306,14 @@ class Pictures(gym.Env):
         reward = float(action == self.side)
         self.t += 1
         return self._show(), reward, self.t >= 8, False, {}
+
+
+def delayed(env: gym.Env) -> gym.Env:
+    return gym.wrappers.DelayObservation(env, 1)
+
+
+def nothing(env: gym.Env) -> Any:
+    return 3
 
 
 def double_reward(env: gym.Env) -> gym.Env:

@@ -86,7 +86,7 @@ class ObservationReader:
         self.has_mask = isinstance(space, spaces.Dict) and MASK_KEY in space.spaces
         self.parts: list[tuple[tuple[str | int, ...], Any, bool]] = []
         self._walk(space, ())
-        images = tuple((_name(path), _chw(part.shape)) for path, part, image in self.parts if image)
+        images = tuple((_image_name(path), _chw(part.shape)) for path, part, image in self.parts if image)
         vector = sum(_width(part) for _, part, image in self.parts if not image)
         if not images and not vector:
             raise HeelerError(f"{where} shows nothing: its observation space is {space}")
@@ -134,9 +134,9 @@ class ObservationReader:
                 value = value[key]
             value = np.asarray(value)
             if image:
-                images[_name(path)] = _to_chw(value)
+                images[_image_name(path)] = _to_chw(value)
             else:
-                vectors.append(_to_vector(value, part))
+                vectors.append(_to_vector(value, part, f"{self.where}{f' at {_name(path)}' if path else ''}"))
         vector = vectors[0] if len(vectors) == 1 else np.concatenate(vectors, axis=1) if vectors else None
         if not images:
             assert vector is not None
@@ -157,6 +157,11 @@ class ObservationReader:
 
 def _name(path: tuple[str | int, ...]) -> str:
     return "/".join(str(key) for key in path) or "image"
+
+
+def _image_name(path: tuple[str | int, ...]) -> str:
+    """The name of a picture among the parts; "vector" is that of all vectors."""
+    return "vector_image" if path == ("vector",) else _name(path)
 
 
 def _chw(shape: tuple[int, ...]) -> tuple[int, int, int]:
@@ -185,15 +190,28 @@ def _width(space: Any) -> int:
             return int(np.prod(space.shape))
 
 
-def _to_vector(values: Array, space: Any) -> Array:
+def _check_range(flat: Array, sizes: Array, space: Any, where: str) -> None:
+    outside = (flat < 0) | (flat >= sizes)
+    if outside.any():
+        env = int(np.argwhere(outside)[0][0])
+        raise HeelerError(
+            f"{where} showed something outside its space {space} in environment {env}: look at what reset and step"
+            " return"
+        )
+
+
+def _to_vector(values: Array, space: Any, where: str) -> Array:
     from gymnasium import spaces
 
     n = len(values)
     match space:
         case spaces.Discrete():
-            return np.eye(int(space.n), dtype=np.float32)[values.reshape(n).astype(np.int64) - int(space.start)]
+            flat = values.reshape(n).astype(np.int64) - int(space.start)
+            _check_range(flat, np.array(int(space.n)), space, where)
+            return np.eye(int(space.n), dtype=np.float32)[flat]
         case spaces.MultiDiscrete():
             flat = values.reshape(n, -1).astype(np.int64) - space.start.ravel()
+            _check_range(flat, space.nvec.ravel(), space, where)
             return np.concatenate(
                 [np.eye(int(size), dtype=np.float32)[flat[:, i]] for i, size in enumerate(space.nvec.ravel())], axis=1
             )

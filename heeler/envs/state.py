@@ -13,12 +13,16 @@ from typing import Any
 
 import numpy as np
 
+from heeler.runtime.packages import where_raised
+from heeler.types import HeelerError
+
 KNOWN = ("gymnasium.envs.classic_control.", "gymnasium.envs.toy_text.", "gymnasium.envs.mujoco.")
 # wrappers whose whole state is plain numbers
 WRAPPERS = (
     "TimeLimit", "OrderEnforcing", "PassiveEnvChecker", "TransformObservation", "TransformReward", "TransformAction",
     "RescaleObservation", "RescaleAction", "ClipAction", "ClipReward", "FlattenObservation", "FilterObservation",
     "ReshapeObservation", "GrayscaleObservation", "ResizeObservation", "DtypeObservation", "StickyAction",
+    "RecordEpisodeStatistics",
 )  # fmt: skip
 
 
@@ -53,8 +57,7 @@ def _save(env: Any) -> dict[str, Any] | None:
     saved: list[dict[str, Any]] = []
     for layer in _layers(env):
         if hasattr(type(layer), "get_state") and hasattr(type(layer), "set_state") and layer is layer.unwrapped:
-            own = layer.get_state()
-            saved.append({"own": own})
+            saved.append({"own": _asked(layer, "get_state")})
             continue
         module, name = type(layer).__module__, type(layer).__name__
         own_state_known = module.startswith(KNOWN)
@@ -75,9 +78,20 @@ def _save(env: Any) -> dict[str, Any] | None:
     return {"layers": saved}
 
 
+def _asked(layer: Any, name: str, *arguments: Any) -> Any:
+    """What a method of the user's returns."""
+    try:
+        return getattr(layer, name)(*arguments)
+    except Exception as error:
+        raise HeelerError(
+            f"{name} of {type(layer).__name__} failed: {where_raised(error)}; without get_state and set_state a resumed"
+            " run starts new episodes"
+        ) from error
+
+
 def _load(layer: Any, saved: dict[str, Any]) -> None:
     if "own" in saved:
-        layer.set_state(saved["own"])
+        _asked(layer, "set_state", saved["own"])
         return
     for name, value in saved["plain"].items():
         setattr(layer, name, np.array(value) if isinstance(value, np.ndarray) else value)

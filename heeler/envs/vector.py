@@ -11,6 +11,7 @@ observations of SAME_STEP. Everything else is the same for both.
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import re
 import signal
@@ -27,7 +28,7 @@ import tyro
 
 from heeler.envs.checks import check_mask_size
 from heeler.envs.spaces import MASK_KEY, Array, ObservationReader, Observations, action_spec, to_environment
-from heeler.runtime.packages import did_you_mean, load_function, require
+from heeler.runtime.packages import did_you_mean, find_modules_here, load_function, require
 from heeler.types import HeelerError
 
 Autoreset = Literal["same-step", "next-step"]
@@ -153,6 +154,8 @@ def make_one(config: EnvConfig, render_mode: str | None = None) -> Any:
             env = load_function(config.id, "environment", "my_envs:Maze")(**kwargs)
         else:
             _register(config.id)
+            if ":" in config.id:
+                find_modules_here()  # of "module:Id-v0" Gymnasium imports the module
             with _quiet_models(config.id):
                 env = gymnasium.make(config.id, disable_env_checker=True, **kwargs)
     except HeelerError:
@@ -171,12 +174,27 @@ def make_one(config: EnvConfig, render_mode: str | None = None) -> Any:
             env = wrapper(env)
         except Exception as error:
             raise HeelerError(f"the wrapper {spec} cannot wrap {config.id}: {_told(error)}") from error
+        if not isinstance(env, gymnasium.Env):
+            raise HeelerError(f"the wrapper {spec} returned a {type(env).__name__}: it must return a gymnasium.Env")
+        _refuse_statistics(env, spec)
     if not isinstance(env, gymnasium.Env):
         raise HeelerError(f"{config.id} is a {type(env).__name__}, not a gymnasium.Env")
     for name in ("observation_space", "action_space"):
         if not isinstance(getattr(env, name, None), gymnasium.Space):
             raise HeelerError(f"{config.id} has no {name} of Gymnasium: set it in the environment's class or __init__")
     return env
+
+
+def _refuse_statistics(env: Any, spec: str) -> None:
+    """Gymnasium's normalising wrappers learn in each environment for itself, so an evaluation's would know nothing."""
+    from gymnasium.wrappers import NormalizeObservation, NormalizeReward
+
+    for kind, flag in (NormalizeObservation, "--normalize-observations"), (NormalizeReward, "--scale-rewards"):
+        if isinstance(env, kind) and env.update_running_mean:
+            raise HeelerError(
+                f"the wrapper {spec} keeps statistics in each environment, which evaluations and the trained policy"
+                f" would not have: leave it out and give {flag}"
+            )
 
 
 def _register(id: str) -> None:
@@ -225,7 +243,9 @@ def _nearest(id: str) -> str:
     import gymnasium
 
     known = [name for name in gymnasium.registry if "/" not in name or name.startswith("ALE/")]
-    return did_you_mean(id, known) or ": is the package that registers it imported?"
+    return did_you_mean(id, known) or (
+        ": where a package registers it, name the package too, as in --env minigrid:MiniGrid-Empty-5x5-v0"
+    )
 
 
 def make_vector(config: EnvConfig, seed: int) -> VectorEnvironment:
@@ -235,7 +255,7 @@ def make_vector(config: EnvConfig, seed: int) -> VectorEnvironment:
     except HeelerError:
         raise
     except Exception as error:
-        raise HeelerError(f"{config.id} cannot be made: {_told(error)}") from error
+        raise HeelerError(f"{config.id} cannot be made: {_told(error, config.backend)}") from error
 
 
 def _make_backend(config: EnvConfig, seed: int) -> Any:
@@ -277,7 +297,18 @@ def _make_in_worker(config: EnvConfig) -> Any:
     """In a worker process Ctrl-C is left to the run, which finishes its update first."""
     if multiprocessing.parent_process() is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return make_one(config)
+    env = make_one(config)
+    step = env.step
+
+    def keep_final(action: Any) -> Any:
+        """An environment may write each observation into the same array: a reset in the same step would change it."""
+        result = step(action)
+        if len(result) == 5 and (result[2] or result[3]):
+            return copy.deepcopy(result[0]), *result[1:]
+        return result
+
+    env.step = keep_final
+    return env
 
 
 def _make_envpool(config: EnvConfig, backend: EnvPool, seed: int) -> Any:
@@ -358,10 +389,10 @@ class VectorEnvironment:
                 else:
                     observations, info = self.env.reset(seed=seed)
         except Exception as error:
-            raise HeelerError(f"{self.config.id} failed in reset: {_told(error)}") from error
+            raise HeelerError(f"{self.config.id} failed in reset: {_told(error, self.config.backend)}") from error
         self._over = np.zeros(self.num_envs, dtype=bool)
         self._lives = self._lives_of(info)
-        return self.reader.read(observations), self._masks(observations, info)
+        return self.reader.read(observations), self._masks(observations, info, "reset")
 
     def step(self, actions: Array) -> Step:
         """Take one action (as stored by the collector) in each environment."""
@@ -371,7 +402,8 @@ class VectorEnvironment:
                 observations, rewards, terminated, truncated, info = self.env.step(sent)
         except Exception as error:
             raise HeelerError(
-                f"{self.config.id} failed in step {self._steps + 1} of the vector environment: {_told(error)}"
+                f"{self.config.id} failed in step {self._steps + 1} of the vector environment:"
+                f" {_told(error, self.config.backend)}"
             ) from error
         self._steps += 1
         over = terminated | truncated
@@ -391,7 +423,8 @@ class VectorEnvironment:
             self._lives = lives
         self._over = over
         masked = self.masked
-        masks = self._masks(observations, info, None if self.same_step else over)
+        when = f"step {self._steps} of the vector environment"
+        masks = self._masks(observations, info, when, None if self.same_step else over)
         if masks is not None and not masked:
             raise HeelerError(f"{self.config.id} gives action masks in step, but gave none in reset: give them in both")
         return Step(
@@ -423,20 +456,25 @@ class VectorEnvironment:
         lives = info.get("lives")
         return None if lives is None else np.array(lives)
 
-    def _masks(self, observations: Any, info: Mapping[str, Any], over: Array | None = None) -> Array | None:
+    def _masks(self, observations: Any, info: Mapping[str, Any], when: str, over: Array | None = None) -> Array | None:
+        """Allowed actions `[n, M]`; `over [n]` says where no decision is made, and so no mask is needed."""
         masks = self.reader.masks(observations)
         if masks is None:
             given, present = info.get(MASK_KEY), info.get(f"_{MASK_KEY}")
             if given is None and not self.masked:
                 return None
             masks = np.ones((self.num_envs, self.actions.mask_size), dtype=bool)
-            if given is not None:
-                for i in range(self.num_envs):
-                    if present is None or present[i]:  # where an episode has ended there may be none
-                        parts = given[i] if isinstance(given[i], tuple) else (given[i],)
-                        row = np.concatenate([np.ravel(part) for part in parts])
-                        check_mask_size(self.actions, len(row), self.config.id)
-                        masks[i] = row.astype(bool)
+            for i in range(self.num_envs):
+                if given is not None and (present is None or present[i]):
+                    parts = given[i] if isinstance(given[i], tuple) else (given[i],)
+                    row = np.concatenate([np.ravel(part) for part in parts])
+                    check_mask_size(self.actions, len(row), self.config.id)
+                    masks[i] = row.astype(bool)
+                elif (self.masked or when == "reset") and (over is None or not over[i]):
+                    raise HeelerError(
+                        f"{self.config.id} gave no action mask in environment {i}, {when}, but did before or in others:"
+                        " give one with every reset and every step"
+                    )
         self.masked = True
         if over is not None:
             masks[over] = True  # no decision is made there
@@ -464,7 +502,8 @@ class VectorEnvironment:
         if close is None:
             return
         try:
-            close()
+            with self._quietly():
+                close()
         except Exception:  # a worker that died does not answer
             for process in getattr(self.env, "processes", []):
                 process.kill()
@@ -477,8 +516,9 @@ def _of_env(final: Any, index: int) -> Any:
     return {k: _of_env(v, index) for k, v in final.items()} if isinstance(final, dict) else final[index]
 
 
-def _told(error: BaseException) -> str:
-    if isinstance(error, (EOFError, BrokenPipeError, ConnectionError)):
+def _told(error: BaseException, backend: Backend | None = None) -> str:
+    """What an environment raised, its last line; of a pipe to a worker that broke, what that means."""
+    if isinstance(backend, Async) and isinstance(error, (EOFError, BrokenPipeError, ConnectionResetError)):
         return "a worker process died (out of memory, or killed?)"
     told = str(error).strip().splitlines()
     return f"{type(error).__name__}: {told[-1] if told else 'no message'}"

@@ -22,7 +22,7 @@ from heeler.policies.steps import Observed, Segments, Steps
 from heeler.ppo.moments import RunningMoments
 from heeler.rollout.actors import Actor, choose_actor
 from heeler.runtime.reduce import LocalReduce
-from heeler.types import CheckFailed, Rollout
+from heeler.types import CheckFailed, HeelerError, Rollout
 
 Array = np.ndarray[Any, Any]
 
@@ -332,9 +332,9 @@ class VectorCollector:
         """What a resumed run needs to go on in the middle of every episode, as far as the environments can tell."""
         inside = self.env.save_state()
         return {
-            "environments": _portable(inside),
-            "observations": _portable(self.observations),
-            "masks": _portable(self.masks),
+            "environments": _portable(inside, f"the state of {self.env.config.id}"),
+            "observations": _portable(self.observations, "observations"),
+            "masks": _portable(self.masks, "masks"),
             "states": self.states,
             "return_so_far": torch.from_numpy(self.return_so_far.copy()),
             "length_so_far": torch.from_numpy(self.length_so_far.copy()),
@@ -378,17 +378,23 @@ def _to(value: Any, device: torch.device) -> Any:
     return {k: v.to(device) for k, v in value.items()} if isinstance(value, dict) else value.to(device)
 
 
-def _portable(value: Any) -> Any:
+def _portable(value: Any, where: str) -> Any:
     """Numpy arrays as tensors and numpy numbers as Python's, so that a checkpoint holds no pickled code."""
-    if isinstance(value, np.ndarray):
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         return {"array": torch.from_numpy(value.copy()) if value.ndim else value.item(), "dtype": str(value.dtype)}
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, dict):
-        return {"dict": {k: _portable(v) for k, v in value.items()}}
+        return {"dict": {k: _portable(v, f"{where}[{k!r}]") for k, v in value.items()}}
     if isinstance(value, (list, tuple)):
-        return {"list" if isinstance(value, list) else "tuple": [_portable(v) for v in value]}
-    return value
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [_portable(v, f"{where}[{i}]") for i, v in enumerate(value)]}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise HeelerError(
+        f"{where} is a {type(value).__name__}: let get_state return numbers, text, arrays of numbers, and lists, tuples"
+        " and dicts of them"
+    )
 
 
 def _from_portable(value: Any) -> Any:

@@ -36,13 +36,18 @@ def require_bitsandbytes() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
+def find_modules_here() -> None:
+    """Let modules of the current directory be imported."""
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+
+
 def load_function(spec: str, what: str = "function", example: str = "my_rewards:score") -> Callable[..., Any]:
     """The function or class that `module:name` names; modules of the current directory are found too."""
     module_name, _, name = spec.partition(":")
     if not module_name or not name:
         raise HeelerError(f"{spec!r} does not name a {what}: write it as module:{what}, for instance {example}")
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+    find_modules_here()
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import threading
 import time
@@ -48,6 +49,7 @@ class Run:
     """
 
     verb = ""
+    seconds_between_saves = math.inf  # besides those of `checkpoint_every`
     best_figure = "reward"  # of an evaluation: the policy with the highest is kept
     rollouts_are_pure = False  # collecting changes nothing that a checkpoint holds
 
@@ -218,13 +220,13 @@ def _train_and_export(run: Run, on_update: OnUpdate | None, show: bool) -> None:
         folder.amend(_keep_if_best(run, show))  # the reward was not available when the update was logged
     bar = progress(config.updates, "PPO", "update", done=state.step, show=show)
     started = time.perf_counter()
-    last_said = -float("inf")
+    last_said, last_saved = -math.inf, started
     random = _random_states(run)
     trained = False
     with interruptible() as interrupted:
 
         def after_update(report: UpdateReport) -> bool:
-            nonlocal last_said, random
+            nonlocal last_said, last_saved, random
             random = _random_states(run)
             unavailable = None
             if _evaluation_is_due(run):
@@ -244,8 +246,10 @@ def _train_and_export(run: Run, on_update: OnUpdate | None, show: bool) -> None:
                 raise unavailable
             random = _random_states(run)
             best = run.summary.get("best", {}).get("step")
-            if state.step % config.checkpoint_every == 0 or interrupted.is_set() or state.step == config.updates:
+            due = state.step % config.checkpoint_every == 0 or state.step == config.updates
+            if due or interrupted.is_set() or time.perf_counter() - last_saved > run.seconds_between_saves:
                 save(run, keep_best=best)
+                last_saved = time.perf_counter()
             return not interrupted.is_set()
 
         try:

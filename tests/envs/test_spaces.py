@@ -25,6 +25,31 @@ def test_a_vector_is_read_as_float32():
     np.testing.assert_allclose(read, np.stack(observations).reshape(4, 6), rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "space, shown",
+    [
+        (spaces.Discrete(3, start=5), 4),
+        (spaces.Discrete(3, start=5), 8),
+        (spaces.MultiDiscrete([2, 3]), np.array([1, 3])),
+        (spaces.MultiDiscrete([2, 3]), np.array([-1, 0])),
+    ],
+)
+def test_what_lies_outside_its_space_is_refused(space, shown):
+    reader = ObservationReader(spaces.Dict({"place": space}), "here")
+    fine = {"place": space.sample()}
+    with pytest.raises(HeelerError, match=r"here at place showed something outside its space .* in environment 1"):
+        reader.read(batch(spaces.Dict({"place": space}), [fine, {"place": shown}]))
+
+
+def test_a_picture_may_be_called_vector():
+    picture = spaces.Box(0, 255, (40, 40, 3), np.uint8)
+    space = spaces.Dict({"vector": picture, "numbers": spaces.Box(-1, 1, (2,), np.float32)})
+    reader = ObservationReader(space, "here")
+    assert reader.spec.images == (("vector_image", (3, 40, 40)),) and reader.spec.vector == 2
+    read = reader.read(batch(space, [space.sample()]))
+    assert read["vector"].shape == (1, 2) and read["vector_image"].shape == (1, 3, 40, 40)
+
+
 def test_discrete_parts_become_one_hot_and_join_in_order():
     space = spaces.Dict({
         "a": spaces.Discrete(3, start=5), "b": spaces.MultiDiscrete([2, 3]), "c": spaces.MultiBinary(2),

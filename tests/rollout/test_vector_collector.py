@@ -287,6 +287,28 @@ class Nested(gym.Env):
         return self._look(), 1.0, False, self.t >= 4, {}
 
 
+@pytest.mark.parametrize("as_dict", [False, True])
+@pytest.mark.parametrize("backend", MODES, ids=str)
+def test_final_observations_are_right_where_an_environment_reuses_its_arrays(backend, as_dict):
+    """Gymnasium keeps a reference to the last observation, and resets in the same step."""
+    collector, _ = collector_of("tests.toy_envs:Reuses", backend=backend, num_steps=9, as_dict=as_dict)
+    try:
+        rollout = collector.collect(0)
+    finally:
+        collector.env.close()
+    cut = torch.nonzero(rollout.ended).squeeze(1)
+    assert len(cut) == 2 and (rollout.final_observations[cut] == 5.0).all()
+    assert rollout.inputs.observations[:5, 0].tolist() == [0.0, 1.0, 2.0, 3.0, 4.0]
+
+
+@pytest.mark.parametrize("backend", MODES[:2], ids=str)
+def test_a_mask_that_is_missing_in_a_step_is_noticed(backend):
+    collector, _ = collector_of("tests.toy_envs:Forgetful", backend=backend, num_steps=8)
+    said = r"Forgetful gave no action mask in environment 0, step 2 .*: give one with every reset and every step"
+    with pytest.raises(HeelerError, match=said):
+        collector.collect(0)
+
+
 def test_masks_must_come_with_reset_too():
     collector, _ = collector_of(f"{__name__}:LateMask", num_steps=8)
     with pytest.raises(HeelerError, match="gives action masks in step, but gave none in reset"):

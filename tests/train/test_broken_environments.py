@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -64,6 +66,22 @@ def test_in_training_the_updates_before_are_kept(how, said, backend, tmp_path, c
     assert not multiprocessing.active_children()  # the worker that did not fail has ended too
     assert main(["eval", str(out), "--episodes", "1"]) == 2  # the folder can be read: what fails is the environment
     assert "step 5 of the" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("backend", ["sync", "async"])
+def test_a_connection_of_the_environments_own_is_no_dead_worker(backend, tmp_path, capfd):
+    words = gym(tmp_path / "run", {}, f"env.backend:{backend}", env="tests.toy_envs:Simulator")
+    assert "ConnectionRefusedError: the simulator on port 5000 is gone" in refused(capfd, words)
+
+
+def test_a_worker_that_dies_costs_one_sentence_on_a_terminal_too(tmp_path):
+    """By a process of its own: pytest keeps Python's warnings from standard error."""
+    command = gym(tmp_path / "run", {"how": "die"}, "--eval-episodes", "0", "env.backend:async")
+    done = subprocess.run(
+        [sys.executable, "-m", "heeler.cli", *command], cwd=Path(__file__).parents[2], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and DIED in done.stderr.splitlines()[-1]
+    assert "WARN" not in done.stderr.upper() and "Traceback" not in done.stderr, done.stderr
 
 
 @pytest.mark.parametrize("backend", ["sync", "async"])

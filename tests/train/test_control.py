@@ -32,6 +32,7 @@ from heeler.runtime import machine
 from heeler.runtime.reduce import LocalReduce
 from heeler.train.control import (
     GymConfig,
+    GymRun,
     build_gym_run,
     last_update,
     load_actor_critic,
@@ -369,6 +370,31 @@ def test_environments_without_a_known_state_start_anew_and_say_so(tmp_path, caps
     told = capsys.readouterr()
     assert "its episodes start anew" in told.out + told.err
     assert len(lines(run)) == 4
+
+
+def test_slow_updates_are_saved_by_the_clock(tmp_path, monkeypatch):
+    monkeypatch.setattr(GymRun, "seconds_between_saves", 0.0)
+
+    def stop(report):
+        if report.metrics["step"] == 3:
+            raise ValueError("enough")
+
+    with pytest.raises(ValueError, match="enough"):
+        train_gym(config("CartPole-v1", tmp_path, updates=5, checkpoint_every=100), on_update=stop, show=False)
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-000002"]
+
+
+@pytest.mark.parametrize(
+    "how, said",
+    [
+        ("deque", r"\['queue'\] is a deque: let get_state return numbers, text, arrays of numbers"),
+        ("names", r"\['names'\]\[0\] is a ndarray: let get_state return"),
+        ("raises", r"get_state of OddState failed: KeyError: 'level' \(toy_envs.py, line \d+\); without get_state"),
+    ],
+)
+def test_a_state_that_no_checkpoint_takes_is_told_before_training(how, said, tmp_path):
+    with pytest.raises(HeelerError, match=said):
+        train("tests.toy_envs:OddState", tmp_path, kwargs={"how": how}, updates=5)
 
 
 def test_the_best_policy_is_kept_and_callbacks_see_every_update(tmp_path):
@@ -727,7 +753,7 @@ def test_toy_text_environments_are_saved_and_restored(tmp_path):
 def test_wrappers_with_a_memory_of_their_own_start_anew(tmp_path):
     from heeler.envs.state import save_states
 
-    config_ = EnvConfig(id="CartPole-v1", num_envs=1, wrappers=("gymnasium.wrappers:NormalizeObservation",))
+    config_ = EnvConfig(id="CartPole-v1", num_envs=1, wrappers=("tests.toy_envs:delayed",))
     env = make_vector(config_, 0)
     env.reset(0)
     assert save_states(env.env) is None
@@ -735,6 +761,28 @@ def test_wrappers_with_a_memory_of_their_own_start_anew(tmp_path):
     plain.reset(0)
     assert save_states(plain.env) is not None
     assert plain.step(np.zeros(1, np.int64)).rewards.tolist() == [2.0]
+
+
+@pytest.mark.parametrize(
+    "wrapper, said",
+    [
+        ("gymnasium.wrappers:NormalizeObservation", "leave it out and give --normalize-observations"),
+        ("gymnasium.wrappers:NormalizeReward", "leave it out and give --scale-rewards"),
+        ("tests.toy_envs:nothing", "the wrapper tests.toy_envs:nothing returned a int: it must return a gymnasium.Env"),
+    ],
+)
+def test_wrappers_that_cannot_be_used(wrapper, said):
+    with pytest.raises(HeelerError, match=re.escape(said)):
+        make_one(EnvConfig(id="CartPole-v1", wrappers=(wrapper,)))
+
+
+def test_an_id_that_a_module_here_registers(workplace):
+    (workplace / "my_envs.py").write_text(
+        "import gymnasium\ngymnasium.register('Mine-v0', 'gymnasium.envs.classic_control:CartPoleEnv')\n"
+    )
+    sys.path.remove(str(workplace))  # which `heeler`, being a script, does not have there
+    assert main(["ppo", "gym", "--env", "my_envs:Mine-v0", "--updates", "1", "--eval-episodes", "2", "--out", "r"]) == 0
+    assert main(["ppo", "gym", "--env", "NoGrid-Empty-v0"]) == 2
 
 
 def test_an_endless_environment_can_be_evaluated(tmp_path, monkeypatch):
