@@ -66,9 +66,9 @@ NOTES = {
     " model (SmolLM2-135M-Instruct) and classifier, 24 tokens after 8 words, and likelihood under the base model (nats"
     " a token, whose exponential is a perplexity). PPO without fine-tuning is `heeler ppo imdb`, further up. The"
     " preference model and the judge of the probability of positive are the same encoder trained on the same reviews,"
-    " with other losses; the bag of words has reviews of its own, and VADER has none. Fine-tuning here is on positive and"
-    " negative reviews alike: texts become like reviews, less positive than the model's own and less likely under it,"
-    " where GRUE's fine-tuned model is a little more positive.",
+    " with other losses; the bag of words has reviews of its own, and VADER has none. Fine-tuning here is on positive"
+    " and negative reviews alike: texts become like reviews, less positive than the model's own and less likely under"
+    " it, where GRUE's fine-tuned model is a little more positive.",
 }
 
 FIGURES = {

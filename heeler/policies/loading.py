@@ -115,7 +115,16 @@ def decoder_start_id(model: Any) -> int:
 
 
 def load_classifier(path: str, num_labels: int | None = None) -> Any:
-    """A sequence classifier in float32, dropout off."""
+    """A sequence classifier in float32, dropout off.
+
+    Args:
+        path: folder or hub id.
+        num_labels: of the head of a model that is about to be trained: where the folder has no such head, it starts
+            from random weights. None loads a trained classifier with its own head.
+
+    Raises:
+        HeelerError: it cannot be loaded, or a weight of a trained classifier is missing.
+    """
     require("transformers", "lm")
     import torch
     from transformers import AutoModelForSequenceClassification
@@ -124,9 +133,18 @@ def load_classifier(path: str, num_labels: int | None = None) -> Any:
     path = model_folder(path)
     options: dict[str, Any] = {} if num_labels is None else {"num_labels": num_labels}
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(path, dtype=torch.float32, **options)
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            path, dtype=torch.float32, output_loading_info=True, **options
+        )
     except (OSError, ValueError) as error:
         raise HeelerError(_not_loadable("sequence classifier", path, error)) from error
+    missing = sorted(found["missing_keys"])
+    if missing and num_labels is None:
+        raise HeelerError(
+            f"{path!r} is not a trained sequence classifier: its files have no {missing[0]}"
+            f"{f' and {len(missing) - 1} more' if len(missing) > 1 else ''}, so its scores would be random; give a"
+            " reward model's folder, or train one with: heeler reward"
+        )
     use_fast_attention(model)
     return model.eval()
 

@@ -11,6 +11,7 @@ All lists of a request have one entry a sample, at most `batch_size` of them. A 
 messages, a completion is a string. `columns` holds the other columns of the prompt set, `completion_ids` the sampled
 tokens, `truncated` whether the length cap cut the completion. `scores` holds one float a sample, or one list of floats
 a sample: a value for each sampled token. `components` may be left out; its lists hold one float a sample, for the log.
+No component may be called mean or std; one that is called probability is shown in reports in place of the score.
 
 An answer that is no use (4xx except 429) may say why: {"error": "one sentence"}. 429 and 5xx mean "later": the request
 is sent again, after as many seconds as `Retry-After` says where that is more than the client would have waited.
@@ -31,13 +32,14 @@ from datetime import UTC, datetime
 from email.message import Message
 from email.utils import parsedate_to_datetime
 from itertools import count
+from threading import TIMEOUT_MAX
 from typing import Any
 from urllib.parse import urlsplit
 
 import torch
 from torch import Tensor
 
-from heeler.rewards.functions import check_values
+from heeler.rewards.functions import check_names, check_values
 from heeler.runtime.progress import say
 from heeler.types import HeelerError, RewardOutput, Samples, Unavailable
 
@@ -75,7 +77,7 @@ class HTTPReward:
         name: str | None = None,
     ) -> None:
         host = _host(url)
-        if batch_size < 1 or timeout <= 0 or retries < 0 or backoff < 0:
+        if batch_size < 1 or not 0 < timeout < TIMEOUT_MAX or retries < 0 or not 0 <= backoff < TIMEOUT_MAX:
             raise HeelerError(
                 f"the reward at {url} needs batch_size >= 1, timeout > 0, retries >= 0 and backoff >= 0, not"
                 f" {batch_size}, {timeout:g}, {retries} and {backoff:g}"
@@ -151,6 +153,7 @@ class HTTPReward:
             raise HeelerError(
                 f'{self.name} answered components {_short(given)}: they must be an object {{"name": [...]}}'
             )
+        check_names(given, f"a component of {self.name}")
         components: dict[str, Tensor] = {}
         for name, values in given.items():
             component = check_values(values, size, f"the component {name!r} of {self.name}")

@@ -6,7 +6,7 @@
 |---|---|
 | the folder of a sequence classifier, or `model:ID` with a hub id or a folder | `ClassifierReward` |
 | `module:function` | `FunctionReward` |
-| `http://HOST:PORT` | `HTTPReward`, a server that must answer now |
+| `http://HOST:PORT`, `http://HOST:PORT(timeout=120, retries=10)` | `HTTPReward`, a server that must answer now |
 | `exact-match`, `f1(column=answers)`, `regex(^yes)`, `json-schema(file.json)`, `math`, `reasoning-gym` | verifiers |
 | `chrf(column=answer)`, `bleu(column=answer)` | sentence scores of translations |
 | `eos-penalty(1.0)`, `length(free=32, per-token=0.01)`, `repetition(3)`, `overlong(limit=64, buffer=16)` | shaping |
@@ -15,6 +15,8 @@
 " + " separates terms outside brackets only. A bracket that does not open or close a group is escaped or stands in a
 character class, as Python's regular expressions want it. Arguments stand in their order or by name; the only argument
 of a reward is taken as it is, commas included.
+
+A server gets the environment variable `HEELER_REWARD_TOKEN`, where it is set, as `Authorization: Bearer TOKEN`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ import inspect
 import math
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -48,6 +50,7 @@ from heeler.runtime.packages import did_you_mean, load_function, require
 from heeler.types import HeelerError, Reward
 
 NAMED = re.compile(r"\s*([\w.-]+)=(.*)", re.DOTALL)
+TOKEN = "HEELER_REWARD_TOKEN"
 
 
 def _vader() -> Reward:
@@ -55,6 +58,7 @@ def _vader() -> Reward:
     return FunctionReward(judges.vader, "vader")
 
 
+SERVER: dict[str, type] = {"timeout": float, "retries": int, "batch_size": int, "backoff": float}
 BUILT_IN: dict[str, tuple[Callable[..., Reward], dict[str, type]]] = {  # with the types of its arguments, in order
     "exact-match": (ExactMatch, {"column": str}),
     "f1": (TokenF1, {"column": str}),
@@ -198,14 +202,13 @@ def _load(term: str, device: str, precision: Literal["fp32", "bf16"]) -> Reward:
     if term.startswith("model:"):
         return ClassifierReward(term.removeprefix("model:"), device=device, precision=precision)
     if term.startswith(("http://", "https://")):
-        server = HTTPReward(term)
+        url, arguments = _opened(term)
+        server = HTTPReward(url, **_arguments(f"at {url}", SERVER, arguments), headers=_authorization())
         server.check()
         return server
-    name, bracket, rest = term.partition("(")
+    name = term.partition("(")[0]
     if name.strip() in BUILT_IN:
-        if bracket and not rest.endswith(")"):
-            raise HeelerError(f"{term!r} goes on after its brackets: join terms by ' + ', with spaces")
-        return _built_in(name.strip(), rest[:-1])
+        return _built_in(name.strip(), _opened(term)[1])
     if ":" in name:
         return FunctionReward(load_function(term), term)
     raise HeelerError(
@@ -215,9 +218,36 @@ def _load(term: str, device: str, precision: Literal["fp32", "bf16"]) -> Reward:
     )
 
 
+def _opened(term: str) -> tuple[str, str]:
+    """What stands before the brackets of a term, and in them."""
+    before, bracket, rest = term.partition("(")
+    if bracket and not rest.endswith(")"):
+        raise HeelerError(f"{term!r} goes on after its brackets: join terms by ' + ', with spaces")
+    return before, rest[:-1]
+
+
+def _authorization() -> dict[str, str]:
+    token = os.environ.get(TOKEN, "").strip()
+    if not (token.isascii() and token.isprintable()):
+        raise HeelerError(f"{TOKEN} holds a character that no header can carry: set it to the token alone")
+    return {"Authorization": f"Bearer {token}"} if token else {}
+
+
 def _built_in(name: str, arguments: str) -> Reward:
-    """A built-in reward with its arguments, given as in `free=32, 0.01`."""
     build, types = BUILT_IN[name]
+    given = _arguments(name, types, arguments)
+    missing = [
+        key
+        for key, parameter in inspect.signature(build).parameters.items()
+        if parameter.default is inspect.Parameter.empty and key not in given
+    ]
+    if missing:
+        raise HeelerError(f"the reward {name} needs {' and '.join(missing)}: write {name}({', '.join(types)})")
+    return build(**given)
+
+
+def _arguments(name: str, types: Mapping[str, type], arguments: str) -> dict[str, Any]:
+    """The arguments of the reward `name`, given as in `free=32, 0.01`."""
     given: dict[str, Any] = {}
     texts = arguments.split(",") if len(types) > 1 else [arguments]
     for position, text in enumerate(texts if arguments.strip() else []):
@@ -236,11 +266,4 @@ def _built_in(name: str, arguments: str) -> Reward:
             raise HeelerError(
                 f"{key.replace('_', '-')} of the reward {name} must be {kind}, not {value.strip()!r}"
             ) from error
-    missing = [
-        key
-        for key, parameter in inspect.signature(build).parameters.items()
-        if parameter.default is inspect.Parameter.empty and key not in given
-    ]
-    if missing:
-        raise HeelerError(f"the reward {name} needs {' and '.join(missing)}: write {name}({', '.join(types)})")
-    return build(**given)
+    return given

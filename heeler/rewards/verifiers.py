@@ -9,10 +9,6 @@ from __future__ import annotations
 import json
 import re
 import string
-import subprocess
-import sys
-import threading
-import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from heeler.data.reasoning import reasoning_gym_dataset
+from heeler.rewards.worker import Worker
 from heeler.runtime.packages import did_you_mean, require, where_raised
 from heeler.types import HeelerError, RewardOutput, Samples
 
@@ -150,31 +148,46 @@ def _sentence_scores(metric: Any, samples: Samples, column: str, verifier: str) 
 class Regex:
     """1 where the pattern is found anywhere in the completion (`re.search`), else 0.
 
+    Some patterns, such as `(a+)+$`, take time that doubles with each character of some texts. So the search runs in a
+    process of its own, which is killed at the time limit.
+
     Args:
         pattern: a regular expression of Python's `re`; flags are written into it, such as `(?i)`.
+        timeout: seconds for one completion; one that takes longer scores 0 and counts in the component `timeout`.
 
     Raises:
         HeelerError: the pattern is none.
     """
 
-    def __init__(self, pattern: str) -> None:
+    def __init__(self, pattern: str, timeout: float = 1.0) -> None:
         self.pattern = _compile(pattern)
+        self.worker = Worker("regex", timeout, {"pattern": "a", "completion": "a"}, {"found": True})
 
     def __call__(self, samples: Samples) -> RewardOutput:
-        return _output([float(self.pattern.search(text) is not None) for text in samples.completions])
+        late = [0.0] * len(samples)
+
+        def score(index: int) -> float:
+            answer = self.worker.ask({"pattern": self.pattern.pattern, "completion": samples.completions[index]})
+            if answer is None:
+                late[index] = 1.0
+                return 0.0
+            return float(answer["found"])
+
+        return _output(_each("regex", len(samples), score), timeout=late)
 
 
 class JSONSchema:
     """1 where the completion is one JSON value that a schema accepts, else 0; the component `parses` says it is JSON.
 
     JSON as RFC 8259 has it: `NaN` and `Infinity`, which Python reads, do not parse. Spaces around the value are
-    allowed, other text is not. References to other addresses are not fetched.
+    allowed, other text is not. A value that is nested too deeply for Python to check scores 0. References to other
+    addresses are not fetched.
 
     Args:
         schema: the schema, or the path of a JSON file with it.
 
     Raises:
-        HeelerError: the file is missing or broken, or what it holds is no schema.
+        HeelerError: the file is missing or broken, what it holds is no schema, or a reference in it leads nowhere.
     """
 
     def __init__(self, schema: str | Path | Mapping[str, Any]) -> None:
@@ -182,6 +195,7 @@ class JSONSchema:
         from jsonschema.exceptions import SchemaError
         from jsonschema.validators import validator_for
         from jsonschema_specifications import REGISTRY
+        from referencing.jsonschema import specification_with
 
         name = "the schema" if isinstance(schema, Mapping) else str(schema)
         content: Any = schema if isinstance(schema, Mapping) else _read_schema(schema)
@@ -191,6 +205,14 @@ class JSONSchema:
         except SchemaError as error:
             raise HeelerError(f"{name} is not a JSON schema: {error.message} (at {error.json_path})") from error
         self.validator = validator(content, registry=REGISTRY)
+        dialect = specification_with(validator.META_SCHEMA["$schema"])
+        resolver = REGISTRY.resolver_with_root(dialect.create_resource(content))
+        broken = _broken_reference(content, dialect, resolver, set())
+        if broken is not None:
+            raise HeelerError(
+                f"{name} refers to {broken!r}, which is not in it: write what it refers to under $defs; other addresses"
+                " are not fetched"
+            )
 
     def __call__(self, samples: Samples) -> RewardOutput:
         parses = [0.0] * len(samples)
@@ -201,7 +223,10 @@ class JSONSchema:
             except (ValueError, RecursionError):
                 return 0.0
             parses[index] = 1.0
-            return float(self.validator.is_valid(value))
+            try:
+                return float(self.validator.is_valid(value))
+            except RecursionError:  # too deep to be checked
+                return 0.0
 
         return _output(_each("json-schema", len(samples), score), parses=parses)
 
@@ -226,22 +251,18 @@ class MathAnswer:
 
     def __init__(self, column: str = "answer", timeout: float = 5.0) -> None:
         require("math_verify", "verifiers")
-        if timeout <= 0:
-            raise HeelerError(f"the time limit of the verifier math must be above 0 seconds, not {timeout:g}")
-        self.column, self.timeout = column, timeout
-        self.worker = _MathWorker()
+        self.column = column
+        self.worker = Worker("math", timeout, {"golds": ["1"], "completion": "1"}, {"equal": True, "unparsable": []})
 
     def __call__(self, samples: Samples) -> RewardOutput:
         golds = _accepted(samples, self.column, "math")
         late = [0.0] * len(samples)
 
         def score(index: int) -> float:
-            answer = self.worker.ask(golds[index], samples.completions[index], self.timeout)
+            answer = self.worker.ask({"golds": golds[index], "completion": samples.completions[index]})
             if answer is None:
-                answer = self.worker.ask(
-                    golds[index], "", self.timeout
-                )  # is it the accepted answer that takes so long?
-                late[index] = 1.0
+                late[index] = 1.0  # and is it the accepted answer that takes so long?
+                answer = self.worker.ask({"golds": golds[index], "completion": ""})
             if answer is None or answer["unparsable"]:
                 culprit = (golds[index] if answer is None else answer["unparsable"])[0]
                 raise HeelerError(
@@ -263,114 +284,76 @@ class ReasoningGym:
     The answer is the text between the last `<answer>` and `</answer>`, or, where there is no such pair, the whole
     completion; spaces at both ends are dropped.
 
+    Some tasks evaluate the answer, which may take for ever. So they run in a process of its own, as math-verify does.
+
     Args:
         extract: a regular expression in place of the tags (`.` matches line ends too): the answer is the first group
             of its last match, or the match itself where it has no group; a completion without a match scores 0.
+        timeout: seconds for one completion; one that takes longer scores 0 and counts in the component `timeout`.
 
     Raises:
-        HeelerError: a column is missing, there is no such task, or its `score_answer` fails on the entry's own answer.
-            Where it fails on the completion's answer only, the score is 0.
+        HeelerError: a column is missing, there is no such task, or its `score_answer` fails on the entry's own answer
+            or takes too long for it. Where it fails on the completion's answer only, the score is 0.
     """
 
-    def __init__(self, extract: str | None = None) -> None:
+    def __init__(self, extract: str | None = None, timeout: float = 5.0) -> None:
         require("reasoning_gym", "verifiers")
-        self.extract = None if extract is None else _compile(extract, re.DOTALL)
-        self.scorers: dict[str, Callable[[str, Any], float]] = {}
-
-    def answer(self, completion: str) -> str | None:
-        """The answer in a completion, None where there is none."""
-        matches = list((self.extract or ANSWER_TAGS).finditer(completion))
-        if matches:
-            last = matches[-1]
-            return (last[1] or "" if last.re.groups else last[0]).strip()
-        return completion.strip() if self.extract is None else None
+        self.extract = None if extract is None else _compile(extract, re.DOTALL).pattern
+        self.worker = Worker("reasoning-gym", timeout, {"task": "chain_sum", "config": "{}"}, {})
 
     def __call__(self, samples: Samples) -> RewardOutput:
-        tasks = _column(samples, "task", "reasoning-gym")
-        entries = _column(samples, "entry", "reasoning-gym")
+        tasks: Sequence[Any] = _column(samples, "task", "reasoning-gym")
+        entries: Sequence[Any] = _column(samples, "entry", "reasoning-gym")
+        late = [0.0] * len(samples)
 
         def score(index: int) -> float:
-            entry: Any = entries[index]
-            scorer = self._scorer(tasks[index], entry.get("config", {}))
-            answer = self.answer(samples.completions[index])
+            entry = entries[index]
+            config = entry.get("config", {})
+            task = {"task": tasks[index], "config": json.dumps(config, sort_keys=True)}
+            question = {**task, "entry": entry, "extract": self.extract}
+            answer = self.worker.ask({**question, "completion": samples.completions[index]}, first=task)
             if answer is None:
-                return 0.0
-            try:
-                value = float(scorer(answer, entry))
-            except Exception:
-                scorer(entry["answer"], entry)  # a sound entry takes its own answer: then the completion is at fault
-                return 0.0
+                late[index] = 1.0  # and does the entry's own answer take so long?
+                answer = self.worker.ask({**question, "completion": None}, first=task)
+                if answer is None:
+                    raise HeelerError(
+                        f"the task {tasks[index]} takes more than {self.worker.timeout:g} seconds to score the own"
+                        f" answer of sample {index + 1}, prompt {_shown(samples.prompts[index])}: leave that prompt out"
+                    )
+            if "failed" in answer:
+                reasoning_gym_dataset(tasks[index], **config)  # raises where task or configuration are none
+                raise HeelerError(f"the verifier reasoning-gym failed on sample {index + 1}: {answer['failed']}")
+            value = 0.0 if late[index] else answer["score"]
             return value if value > 0.01 else 0.0
 
         scores = _each("reasoning-gym", len(samples), score)
-        return _output(scores, solved=[float(value == 1) for value in scores])
-
-    def _scorer(self, task: Any, config: Mapping[str, Any]) -> Callable[[str, Any], float]:
-        from heeler.data.reasoning import reasoning_gym_dataset
-
-        key = json.dumps([task, config], sort_keys=True)
-        if key not in self.scorers:
-            self.scorers[key] = reasoning_gym_dataset(task, **config).score_answer
-        return self.scorers[key]
+        return _output(scores, solved=[float(value == 1) for value in scores], timeout=late)
 
 
-ANSWER_TAGS = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+def _broken_reference(schema: Any, dialect: Any, resolver: Any, seen: set[int]) -> str | None:
+    """The first reference that leads nowhere, in a schema or in what it refers to; None where there is none.
 
+    Args:
+        schema: a schema, or a part of one.
+        dialect: the `referencing.Specification` that it is written in.
+        resolver: of the references in it.
+        seen: what was looked at already, by `id`.
+    """
+    from referencing.exceptions import Unresolvable
 
-class _MathWorker:
-    """The process that runs math-verify; started at the first question, and again after one that took too long."""
-
-    def __init__(self) -> None:
-        self.process: subprocess.Popen[str] | None = None
-        self.stop: Callable[[], object] = lambda: None
-        self.lock = threading.Lock()
-
-    def ask(self, golds: Sequence[str], completion: str, timeout: float) -> dict[str, Any] | None:
-        """`{"equal": bool, "unparsable": list of golds}`; None where `timeout` seconds were not enough."""
-        with self.lock:
-            process = self.process or self._start()
-            answer = _exchange(process, {"golds": golds, "completion": completion}, timeout)
-            if answer is None:
-                self.stop()
-                self.process = None
-        return answer
-
-    def _start(self) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            [sys.executable, "-P", str(Path(__file__).with_name("math_worker.py"))],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, encoding="utf-8",
-            start_new_session=True,  # an interrupt at the keyboard is for the run, which still scores its last samples
-        )  # fmt: skip
-        self.stop = weakref.finalize(self, _stop, process)
-        ready = _exchange(process, {"golds": ["1"], "completion": "1"}, 120)
-        if ready is None or not ready["equal"]:
-            self.stop()
-            raise HeelerError(
-                "math-verify does not start, or finds that 1 is not 1: look at python -c 'import math_verify', or pip"
-                " install --upgrade 'heeler[verifiers]'"
-            )
-        self.process = process
-        return process
-
-
-def _exchange(process: subprocess.Popen[str], question: dict[str, Any], timeout: float) -> dict[str, Any] | None:
-    assert process.stdin is not None and process.stdout is not None
-    timer = threading.Timer(timeout, process.kill)
-    timer.start()
-    try:
-        process.stdin.write(json.dumps(question) + "\n")
-        process.stdin.flush()
-        line = process.stdout.readline()
-    except OSError:
+    if id(schema) in seen:
         return None
-    finally:
-        timer.cancel()
-    return json.loads(line) if line.endswith("\n") else None
-
-
-def _stop(process: subprocess.Popen[str]) -> None:
-    process.kill()
-    process.communicate()
+    seen.add(id(schema))
+    parts = [(part, resolver.in_subresource(dialect.create_resource(part))) for part in dialect.subresources_of(schema)]
+    for key in ("$ref", "$dynamicRef") if isinstance(schema, Mapping) else ():
+        if isinstance(schema.get(key), str):
+            try:
+                found = resolver.lookup(schema[key])
+            except Unresolvable:
+                return schema[key]
+            parts.append((found.contents, found.resolver))
+    broken = (_broken_reference(part, dialect, inner, seen) for part, inner in parts)
+    return next((reference for reference in broken if reference is not None), None)
 
 
 def _compile(pattern: str, flags: int = 0) -> re.Pattern[str]:

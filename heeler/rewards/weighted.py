@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from heeler.rewards.functions import LOG_KEYS, FunctionReward, check_names
 from heeler.types import HeelerError, Reward, RewardOutput, Samples
 
-RESERVED = ("mean", "std", "probability")  # reward/mean and reward/std are the sum's, reward/probability a classifier's
+RESERVED = (*LOG_KEYS, "probability")  # which is a classifier's
 
 
 class WeightedSum:
@@ -33,17 +34,14 @@ class WeightedSum:
     def __init__(self, terms: Mapping[str, tuple[float, Reward]]) -> None:
         if not terms:
             raise HeelerError("a weighted sum needs at least one reward")
+        check_names(terms, "a term of a reward", RESERVED)
         for name, (weight, _) in terms.items():
-            if name in RESERVED:
-                raise HeelerError(
-                    f"a term of a reward cannot be called {name!r}, which the log uses already: choose another name"
-                )
             if not math.isfinite(weight):
                 raise HeelerError(f"the weight of the reward {name} is {weight}: give a finite number")
         self.terms = dict(terms)
 
     def __call__(self, samples: Samples) -> RewardOutput:
-        outputs = {name: reward(samples) for name, (_, reward) in self.terms.items()}
+        outputs = self._outputs(samples)
         scores = torch.zeros(len(samples), dtype=torch.float64)
         components: dict[str, Tensor] = {}
         for name, output in outputs.items():
@@ -56,6 +54,22 @@ class WeightedSum:
         return RewardOutput(
             scores=scores.float(), token_rewards=self._token_rewards(outputs, samples), components=components
         )
+
+    def _outputs(self, samples: Samples) -> dict[str, RewardOutput]:
+        outputs: dict[str, RewardOutput] = {}
+        without = [True] * len(samples)  # no term has said anything of the sample
+        for name, (_, reward) in self.terms.items():
+            if isinstance(reward, FunctionReward):
+                outputs[name], nothing = reward.as_term(samples)
+                without = [a and b for a, b in zip(without, nothing, strict=True)]
+            else:
+                outputs[name], without = reward(samples), [False] * len(samples)
+        if any(without):
+            raise HeelerError(
+                f"every term of the reward ({', '.join(self.terms)}) returned None for completion"
+                f" {without.index(True) + 1} of {len(samples)}: one of them must return a number"
+            )
+        return outputs
 
     def _token_rewards(self, outputs: Mapping[str, RewardOutput], samples: Samples) -> Sequence[Sequence[float]] | None:
         if all(output.token_rewards is None for output in outputs.values()):

@@ -28,7 +28,7 @@ from heeler.ppo.moments import RunningMoments
 from heeler.ppo.schedules import Schedule
 from heeler.ppo.shaping import ScoreShaping, Truncation
 from heeler.ppo.update import PPOConfig
-from heeler.rewards.functions import FunctionReward, RewardFunction
+from heeler.rewards.functions import FunctionReward, RewardFunction, check_names
 from heeler.rewards.http import HTTPReward
 from heeler.rewards.specs import load_judges, load_reward
 from heeler.rollout.engines.batch import BatchEngine
@@ -221,7 +221,9 @@ class TextRun(Run):
     def judged(self, rollout: Rollout) -> RewardOutput:
         """`judge`; whatever is wrong with the reward, the run as it was can be saved and continued."""
         try:
-            return self.judge(rollout)
+            output = self.judge(rollout)
+            check_names(output.components, "a component of the reward")
+            return output
         except Unavailable:
             raise
         except HeelerError as error:

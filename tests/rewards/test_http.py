@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import socket
 import threading
 import time
@@ -24,6 +25,7 @@ from heeler.cli import main
 from heeler.rewards.functions import FunctionReward
 from heeler.rewards.http import HTTPReward
 from heeler.rewards.serve import make_server
+from heeler.rewards.weighted import WeightedSum
 from heeler.runtime.runs import RunFolder
 from heeler.train.ppo import UpdateReport
 from heeler.train.text import load_reward
@@ -225,6 +227,7 @@ def test_waits_double_and_retry_after_is_honoured_within_reason(monkeypatch: pyt
         (answers(lambda r: lengths(r) | {"components": [1]}), "components [1]: they must be an object"),
         (answers(lambda r: lengths(r) | {"components": {"a": [1]}}), "component 'a' of"),
         (answers(lambda r: lengths(r) | {"components": {"a": [[1]] * 3}}), "component 'a' of"),
+        (answers(lambda r: lengths(r) | {"components": {"std": [1] * 3}}), "cannot be called 'std'"),
         (says(400, '{"error": "no such column"}'), "refuses POST with 400 Bad Request (no such column)"),
         (says(404, "<html>"), "refuses POST with 404 Not Found: correct the address"),
         (says(302, Location="http://127.0.0.1:1/elsewhere"), "it sends on to http://127.0.0.1:1/elsewhere"),
@@ -260,7 +263,7 @@ def test_addresses_that_are_none(url: str) -> None:
 
 
 def test_settings_that_make_no_sense() -> None:
-    for changes in ({"batch_size": 0}, {"timeout": 0.0}, {"retries": -1}):
+    for changes in ({"batch_size": 0}, {"timeout": 0.0}, {"timeout": math.nan}, {"retries": -1}, {"backoff": math.inf}):
         with pytest.raises(HeelerError, match="needs batch_size >= 1"):
             quick("http://127.0.0.1:1", **changes)
     with pytest.raises(HeelerError, match="its address or a header is malformed"):
@@ -275,6 +278,45 @@ def test_a_check_of_something_that_is_no_reward_server(monkeypatch: pytest.Monke
     monkeypatch.setattr(Scripted, "do_GET", lambda handler: handler.say(503, b""))
     with scripted(answers(lengths)) as server, pytest.raises(Unavailable, match="it answers 503"):
         load_reward(server.url)
+
+
+def test_a_spec_sets_what_the_client_may_be_told() -> None:
+    with scripted(answers(lengths)) as server:
+        reward = load_reward(f"{server.url}/path(timeout=120, retries=10, batch-size=2, backoff=0)")
+        assert isinstance(reward, HTTPReward) and reward.url == f"{server.url}/path"
+        assert (reward.timeout, reward.retries, reward.batch_size, reward.backoff) == (120.0, 10, 2, 0.0)
+        assert reward(THREE).scores.tolist() == [1.0, 2.0, 3.0] and len(server.requests) == 2
+        both = load_reward(f"2*{server.url}/a(7) + far={server.url}/b(retries=0)")
+        assert isinstance(both, WeightedSum) and list(both.terms) == ["a", "far"]
+        assert both(THREE).scores.tolist() == [3.0, 6.0, 9.0]
+    for spec, sentence in (
+        ("(timeout=soon)", "timeout of the reward at http://127.0.0.1:1 must be a number, not 'soon'"),
+        ("(header=a)", "takes timeout, retries, batch-size, backoff: 'header=a' does not fit there"),
+        ("(timeout=inf)", "needs batch_size >= 1, timeout > 0"),
+        ("(timeout=1)/path", "goes on after its brackets"),
+    ):
+        with pytest.raises(HeelerError, match=re.escape(sentence)):
+            load_reward(f"http://127.0.0.1:1{spec}")
+
+
+def test_a_token_of_the_environment_is_sent_with_each_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+
+    def named(handler: Scripted) -> None:
+        asked.append(handler.headers["Authorization"])
+        handler.say(200, b'{"name": "scripted"}')
+
+    monkeypatch.setattr(Scripted, "do_GET", named)
+    with scripted(answers(lengths)) as server:
+        load_reward(server.url)(THREE)
+        monkeypatch.setenv("HEELER_REWARD_TOKEN", " s3cret\n")
+        load_reward(server.url)(THREE)
+    asked += [headers["Authorization"] for headers, _ in server.requests]
+    assert asked == [None, "Bearer s3cret", None, "Bearer s3cret"]
+    monkeypatch.setenv("HEELER_REWARD_TOKEN", "s3\ncret")
+    with pytest.raises(HeelerError, match="HEELER_REWARD_TOKEN holds a character") as refusal:
+        load_reward("http://127.0.0.1:1")
+    assert "cret" not in str(refusal.value)
 
 
 # the server ---------------------------------------------------------------------------------------------------

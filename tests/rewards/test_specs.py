@@ -68,6 +68,15 @@ def test_classifiers(workplace: Path) -> None:
         load_reward("model:nobody/nothing")
 
 
+def test_a_language_model_is_no_reward(workplace: Path) -> None:
+    """Its head would be made up."""
+    save_tiny_model(workplace / "run" / "policy")
+    (workplace / "run" / "summary.json").write_text("{}")
+    for spec in ("run/policy", "model:run/policy", "model:run", "2*good=run/policy + repetition"):
+        with pytest.raises(HeelerError, match=r"'run/policy' is not a trained .* have no score.weight, so .* random"):
+            load_reward(spec)
+
+
 def test_sums(workplace: Path) -> None:
     reward = load_reward("2*spec_rewards:one + -0.5*long=length(0, 1) + repetition(1)")
     output = reward(samples_of(["p"], ["a a"]))

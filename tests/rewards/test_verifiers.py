@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 import threading
 import time
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import pytest
 
 from heeler.data.reasoning import reasoning_gym_prompts
 from heeler.rewards.verifiers import BLEU, ChrF, ExactMatch, JSONSchema, MathAnswer, ReasoningGym, Regex, TokenF1
+from heeler.rewards.worker_script import extract_answer
 from heeler.types import HeelerError, Reward, RewardOutput
 from tests.tiny import samples_of
 
@@ -103,6 +107,15 @@ def test_regex() -> None:
         Regex("(a")
 
 
+def test_a_search_that_never_ends_scores_0_and_the_next_sample_is_read() -> None:
+    start = time.monotonic()
+    output = Regex("(a+)+$", timeout=0.5)(samples_of(["p"] * 3, ["a" * 60 + "b", "a" * 60, "b"]))
+    assert output.scores.tolist() == [0.0, 1.0, 0.0]
+    assert output.components["timeout"].tolist() == [1.0, 0.0, 0.0]
+    assert time.monotonic() - start < 30
+    assert scores(Regex("^\ud800$"), ["\ud800", "\n"]) == [1.0, 0.0]  # half a surrogate pair reaches the process
+
+
 def test_json_schema(tmp_path: Path) -> None:
     schema = {"type": "object", "properties": {"n": {"type": "integer", "minimum": 0}}, "required": ["n"]}
     texts = ['{"n": 3}', ' {"n": 0}\n', '{"n": -1}', "{}", '{"n": 3', 'so: {"n": 3}', "[" * 100_000, '{"n": NaN}']
@@ -122,12 +135,38 @@ def test_schemas_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (tmp_path / "s.json").write_text(content)
         with pytest.raises(HeelerError, match=says):
             JSONSchema(str(tmp_path / "s.json"))
+
+
+def test_references_of_a_schema(monkeypatch: pytest.MonkeyPatch) -> None:
     fetched: list[Any] = []
     monkeypatch.setattr("urllib.request.urlopen", lambda *request, **_: fetched.append(request))
-    elsewhere = JSONSchema({"$ref": "http://127.0.0.1:9/schema"})
-    with pytest.raises(HeelerError, match=r"the verifier json-schema failed on sample 2: .*127.0.0.1:9/schema"):
-        scores(elsewhere, ["no JSON", "{}"])
+    nowhere: list[tuple[dict[str, Any], str]] = [
+        ({"$ref": "http://127.0.0.1:9/schema"}, "http://127.0.0.1:9/schema"),
+        ({"items": {"anyOf": [{}, {"$ref": "#/$defs/b"}]}, "$defs": {"a": {}}}, "#/$defs/b"),
+        ({"$ref": "#/parts/a", "parts": {"a": {"not": {"$ref": "#absent"}}}}, "#absent"),
+        (
+            {"$schema": "http://json-schema.org/draft-07/schema#", "items": {"$ref": "#/definitions/a"}},
+            "#/definitions/a",
+        ),
+        ({"$dynamicRef": "#absent"}, "#absent"),
+    ]
+    for schema, reference in nowhere:
+        with pytest.raises(HeelerError, match=f"the schema refers to '{re.escape(reference)}', which is not in it"):
+            JSONSchema(schema)
     assert not fetched
+    address = "https://example.org/list"
+    parts = {"leaf": {"$ref": "list#number"}, "number": {"$anchor": "number", "type": "number"}}
+    tree = {"$id": address, "items": {"$ref": f"{address}#/$defs/leaf"}, "$defs": parts}
+    assert scores(JSONSchema(tree), ["[1, 2]", '["1"]']) == [1.0, 0.0]
+    itself = {"$ref": "https://json-schema.org/draft/2020-12/schema"}
+    assert scores(JSONSchema(itself), ['{"type": "string"}', '{"type": 3}']) == [1.0, 0.0]
+
+
+def test_a_value_too_deep_for_a_schema_scores_0() -> None:
+    lists = {"type": "array", "items": {"$ref": "#"}}
+    output = JSONSchema(lists)(samples_of(["p"] * 3, ["[" * 400 + "]" * 400, "[[]]", "[3]"]))
+    assert output.scores.tolist() == [0.0, 1.0, 0.0]
+    assert output.components["parses"].tolist() == [1.0, 1.0, 1.0]
 
 
 @pytest.fixture(scope="module")
@@ -170,11 +209,15 @@ def test_math_answers_that_cannot_be_read(math: MathAnswer) -> None:
         MathAnswer(timeout=0)
 
 
-def gym(rows: list[dict[str, Any]], completions: list[str], extract: str | None = None) -> RewardOutput:
+gym_reward = cache(ReasoningGym)  # its process takes seconds to start
+
+
+def gym(rows: list[dict[str, Any]], completions: list[str], reward: ReasoningGym | None = None) -> RewardOutput:
     """Scores of completions of rows that went through a JSONL file."""
+    reward = reward or gym_reward()
     rows = [json.loads(json.dumps(row)) for row in rows]
     columns = {name: [row[name] for row in rows] for name in ("answer", "task", "entry")}
-    return ReasoningGym(extract)(samples_of([row["prompt"] for row in rows], completions, **columns))
+    return reward(samples_of([row["prompt"] for row in rows], completions, **columns))
 
 
 @pytest.mark.parametrize(
@@ -212,18 +255,20 @@ def test_partial_credit_stays_and_counts_as_unsolved() -> None:
 
 
 def test_where_the_answer_is() -> None:
-    rows = reasoning_gym_prompts("chain_sum", size=1, seed=0)
-    answer = rows[0]["answer"]
     for text, extract, wanted in (
-        (f" {answer}\n", None, 1.0),
-        (f"It is {answer}", None, 0.0),
-        (f"It is {answer}", r"is (\S+)", 1.0),
-        (f"Is 1. is {answer}", r"is \S+", 0.0),
-        (f"0 {answer}", r"-?\d+", 1.0),
-        (answer, r"Answer: (.*)", 0.0),
-        (f"<answer>\n{answer}\n</answer>", None, 1.0),
+        (" 42\n", None, "42"),
+        ("It is 42", None, "It is 42"),
+        ("It is 42", r"is (\S+)", "42"),
+        ("Is 1. is 42", r"is \S+", "is 42"),
+        ("0 42", r"-?\d+", "42"),
+        ("42", r"Answer: (.*)", None),
+        ("<answer>\n42\n</answer>", None, "42"),
+        ("<answer>1</answer> <answer> 42</answer>", None, "42"),
     ):
-        assert gym(rows, [text], extract).components["solved"].tolist() == [wanted], (text, extract)
+        assert extract_answer(text, extract) == wanted, (text, extract)
+    row = reasoning_gym_prompts("chain_sum", size=1, seed=0)[0]
+    texts = [f"It is {row['answer']}", f"It was {row['answer']}"]
+    assert gym([row] * 2, texts, ReasoningGym(r"is (\S+)")).scores.tolist() == [1.0, 0.0]
     with pytest.raises(HeelerError, match="is not a regular expression"):
         ReasoningGym("(")
 
@@ -240,7 +285,36 @@ def test_the_completions_fault_and_the_entrys() -> None:
         scores(ReasoningGym(), ["2"], entry=[rows[0]["entry"]])
 
 
+def test_gym_answers_that_never_end_score_0_and_the_next_sample_is_read() -> None:
+    rows = reasoning_gym_prompts("countdown", size=3, seed=0)
+    output = gym(rows, ["9**9**9**9", rows[1]["answer"], "1"], ReasoningGym(timeout=1.5))
+    assert output.scores.tolist() == [0.0, 1.0, pytest.approx(0.05)]
+    assert output.components["timeout"].tolist() == [1.0, 0.0, 0.0]
+    output = gym(rows[:2], ["a" * 60 + "b", rows[1]["answer"]], ReasoningGym(r"(?:a+)+$|.*\d.*", timeout=1.5))
+    assert output.scores.tolist() == [0.0, 1.0] and output.components["timeout"].tolist() == [1.0, 0.0]
+
+
+def test_an_entry_whose_own_answer_never_ends() -> None:
+    rows = reasoning_gym_prompts("countdown", size=1, seed=0)
+    rows[0]["entry"]["answer"] = "9**9**9**9"
+    says = "the task countdown takes more than 1 seconds to score the own answer of sample 1, prompt 'Calculate"
+    with pytest.raises(HeelerError, match=says):
+        gym(rows, ["9**9**9**9"], ReasoningGym(timeout=1))
+
+
+def test_what_a_task_evaluates_stays_out_of_the_run() -> None:
+    rows = reasoning_gym_prompts("string_insertion", size=2, seed=0)
+    here = "[str(setattr(__import__('sys'), 'scored_here', 1))]"
+    talks = "[print('{}', flush=True), __import__('os').system('echo {}'), input()]"  # no answer, no next question
+    output = gym([rows[0], rows[0], rows[1]], [here, talks, rows[1]["answer"]])
+    assert output.scores.tolist() == [0.0, 0.0, 1.0] and output.components["timeout"].tolist() == [0.0] * 3
+    assert not hasattr(sys, "scored_here")
+
+
 def test_tasks_that_cannot_be() -> None:
+    row = reasoning_gym_prompts("chain_sum", size=1, seed=0)[0]
+    with pytest.raises(HeelerError, match=r"Reasoning Gym has no task 'chain_sums'.*did you mean chain_sum"):
+        gym([{**row, "task": "chain_sums"}], ["2"])
     with pytest.raises(HeelerError, match=r"Reasoning Gym has no task 'chain_sums'.*did you mean chain_sum"):
         reasoning_gym_prompts("chain_sums", size=1, seed=0)
     with pytest.raises(HeelerError, match=r"the task chain_sum does not take .*'colour'"):
