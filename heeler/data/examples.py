@@ -98,7 +98,7 @@ def load_examples(
         elif too_long == "error":
             raise HeelerError(
                 f"{where}: {length} tokens, but the model's context holds {max_tokens}: shorten it or drop what is"
-                ' too long (too_long="drop")'
+                " too long (--too-long drop)"
             )
     dropped = len(rows) - len(examples)
     if not examples:

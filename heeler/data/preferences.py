@@ -11,7 +11,7 @@ import logging
 import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Literal, TypeVar
 
@@ -31,12 +31,14 @@ class Preference:
         prompt: a string, or a list of chat messages.
         chosen, rejected: the texts that a reader sees, prompt included.
         margin: how much better, in units of the reward; 0 where the source does not say.
+        where: source and row, for messages.
     """
 
     prompt: Any
     chosen: str
     rejected: str
     margin: float = 0.0
+    where: str = field(default="", compare=False, repr=False)
 
 
 def load_preferences(
@@ -249,6 +251,7 @@ def _preference(row: Mapping[str, Any], where: str) -> Preference:
         chosen=_text(prompt, chosen, "chosen", where),
         rejected=_text(prompt, rejected, "rejected", where),
         margin=margin,
+        where=where,
     )
 
 

@@ -3,13 +3,14 @@
     OUT/data/   what the stages read        OUT/sft/      OUT/reward/     OUT/ppo/      run folders
     OUT/summary.json                        figures of every stage on the same held-out prompts
 
-A stage that is complete is not repeated and one that was interrupted is resumed, so the same command with its --out
-goes on where it stopped. OUT/recipe.json keeps what the command said, and another command is refused there.
+A stage that is complete is not repeated, and one that was stopped goes on from its last checkpoint, by the same command
+with its --out. OUT/recipe.json keeps what the command said, and another command is refused there.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,7 +19,7 @@ from typing import Any
 
 from heeler.rollout.engines.draws import GREEDY
 from heeler.runtime.progress import say
-from heeler.runtime.runs import read_json, write_json
+from heeler.runtime.runs import RunFolder, read_json, write_json
 from heeler.train.dialogue import DialogueConfig, build_dialogue_run, resume_dialogue, train_dialogue
 from heeler.train.report import figures_table
 from heeler.train.reward_run import RewardTask, resume_reward, train_reward
@@ -26,6 +27,8 @@ from heeler.train.run import default_out
 from heeler.train.sft import SFTConfig, resume_sft, train_sft
 from heeler.train.text import TextConfig, TextRun, build_text_run, resume_text, train_text
 from heeler.types import HeelerError
+
+BEFORE_CHECKPOINTS = ("config.json", "summary.json", "checkpoints")  # what a run writes before it trains
 
 
 def claim(folder: str | None, name: str, recipe: Any, **settings: Any) -> Path:
@@ -38,14 +41,19 @@ def claim(folder: str | None, name: str, recipe: Any, **settings: Any) -> Path:
         settings: what else decides the run, and may be another in another version.
 
     Raises:
-        HeelerError: the folder belongs to a recipe with other options.
+        HeelerError: the folder belongs to a recipe with other options, or holds something else.
     """
     out = Path(folder or default_out(name))
     options = {key: value for key, value in vars(recipe).items() if key not in ("out", "threads")}
     said = {"recipe": name, **options, **settings}
-    out.mkdir(parents=True, exist_ok=True)
-    if {file.name for file in out.iterdir()} <= {"recipe.json"} or not (out / "recipe.json").exists():
-        write_json(out / "recipe.json", said)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HeelerError(f"cannot create the folder {out}: {error.strerror}; choose another --out") from error
+    if {file.name.removesuffix(".partial") for file in out.iterdir()} <= {"recipe.json"}:
+        write_json(out / "recipe.json", said)  # no stage began
+    if not (out / "recipe.json").exists():
+        raise HeelerError(f"{out} holds something else than a recipe's stages: move it away, or choose another --out")
     before = read_json(out / "recipe.json")
     other = [f"{key} {before.get(key)}, not {said.get(key)}" for key in said if before.get(key) != said[key]]
     if other:
@@ -64,16 +72,30 @@ def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _state(folder: Path) -> str:
-    if (folder / "model").is_dir() and (folder / "summary.json").exists():
-        return "complete"  # a reward model
-    if (folder / "policy").is_dir() and "eval/after" in (read_json(folder / "summary.json")):
+    """Whether a stage is "new", "interrupted" or "complete".
+
+    What a run that was killed before its first checkpoint left is removed: it begins again.
+    """
+    config, summary = (
+        read_json(folder / name) if (folder / name).exists() else {} for name in ("config.json", "summary.json")
+    )
+    match config.get("verb"):
+        case "reward":
+            return "complete" if summary else "interrupted"  # it begins again where nothing was kept
+        case "sft":
+            complete = "updates" in summary  # which it writes at its end only
+        case _:
+            complete = "exported" in summary and "eval/after" in summary
+    if complete and (folder / "policy").is_dir():
         return "complete"
-    if (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir()):
+    if RunFolder(folder).last_checkpoint() is not None:
         return "interrupted"
-    if (folder / "config.json").exists() and read_json(folder / "config.json").get("verb") == "reward":
-        return "interrupted"  # it begins again where nothing was kept
-    if folder.exists() and any(folder.iterdir()):
+    files = list(folder.iterdir()) if folder.exists() else []
+    known = BEFORE_CHECKPOINTS if "verb" in config else ()
+    if any(file.name.removesuffix(".partial") not in known for file in files):
         raise HeelerError(f"{folder} exists and is no run that could go on: move it away, or choose another --out")
+    for file in files:
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
     return "new"
 
 

@@ -11,6 +11,7 @@ from heeler.policies import loading
 from heeler.types import Sampling
 
 if TYPE_CHECKING:
+    from heeler.policies.token_masks import TokenMask
     from heeler.train.text import TextConfig
 
 ORDER = (
@@ -77,6 +78,25 @@ def stopped_run(path: str) -> tuple[int, TextConfig] | None:
     return step, from_json(TextConfig if verb == "ppo lm" else DialogueConfig, read_json(file)["config"], str(file))
 
 
+def sampling_of_run(path: str) -> tuple[TokenMask, tuple[str, ...]]:
+    """The token mask and the stop strings of the PPO run whose folder, or whose `policy/`, this is; else none."""
+    from heeler.policies.token_masks import AllTokens
+    from heeler.runtime.configs import from_json
+    from heeler.runtime.runs import read_json
+    from heeler.train.text import TextConfig
+
+    folder = Path(path)
+    policy = folder.resolve().name == "policy"  # RUN/policy, or RUN/best/policy
+    for place in (folder, *folder.resolve().parents[:2]) if policy else (folder,):
+        file = place / "config.json"
+        saved = read_json(file) if file.is_file() else {}
+        if saved.get("verb") in ("ppo lm", "ppo dialogue"):
+            chosen = {key: value for key, value in saved["config"].items() if key in ("model", "tokens", "sampling")}
+            config: TextConfig = from_json(TextConfig, chosen, str(file))
+            return config.tokens, config.sampling.stop
+    return AllTokens(), ()
+
+
 def load_checkpoint_model(path: str, step: int, config: TextConfig) -> Any:
     """The model that a run would export from a checkpoint. It needs neither the run's prompts nor its reward."""
     from heeler.policies.language_model import LanguageModelPolicy
@@ -93,7 +113,11 @@ def load_checkpoint_model(path: str, step: int, config: TextConfig) -> Any:
 
 
 def sample_model(path: str, command: Any) -> list[str]:
-    """Completions by a run's policy, or by any model; by the last checkpoint of a run that was stopped."""
+    """Completions by a run's policy, or by any model; by the last checkpoint of a run that was stopped.
+
+    A run's policy is kept to the tokens that the run kept it to, and ends where the run's completions ended.
+    """
+    from heeler.policies.token_masks import token_bias
     from heeler.rollout.engines.draws import GREEDY, draw_seed
     from heeler.rollout.engines.native import native_engine
     from heeler.rollout.text import decode
@@ -118,12 +142,16 @@ def sample_model(path: str, command: Any) -> list[str]:
     source = [[{"role": "user", "content": p}] if command.chat else p for p in command.prompt]
     room = loading.prompt_room(model, command.max_new_tokens)
     prompts = load_prompts(source, tokenizer, max_tokens=room)
-    engine = native_engine(model, eos_ids=loading.end_of_sequence_ids(model, tokenizer))
+    tokens, stop = sampling_of_run(path)
+    eos_ids = loading.end_of_sequence_ids(model, tokenizer)
+    bias = token_bias(tokens, tokenizer, int(model.get_output_embeddings().weight.shape[0]), eos_ids)
+    engine = native_engine(model, eos_ids=eos_ids, token_bias=bias, tokenizer=tokenizer)
     requests = [Request(prompt=t, seed=draw_seed(command.seed, i)) for i, t in enumerate(prompts.tokens)]
     sampling = Sampling(
         max_new_tokens=command.max_new_tokens,
         temperature=command.temperature or GREEDY,
         top_k=command.top_k,
         top_p=command.top_p,
+        stop=stop,
     )
     return [decode(tokenizer, completion) for completion in engine.generate(requests, sampling)]

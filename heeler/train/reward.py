@@ -7,7 +7,8 @@ The first is logistic regression, the second the Bradley-Terry model [Christiano
 with the margin of Llama 2 [2307.09288, equation 2] and the centring term of Eisenstein et al. [2312.09244].
 The result is a folder that plain transformers loads, with `heeler.json` beside it (how it was trained, its figures).
 A score of preferences has no natural zero: `normalize` stores gain and bias in the model's config, so that chosen
-completions of the training set have mean 0 and standard deviation 1 [Stiennon et al., 2009.01325, appendix C].
+completions of the training set (1,000 drawn ones of a larger set) have mean 0 and standard deviation 1 [Stiennon et
+al., 2009.01325, appendix C].
 """
 
 from __future__ import annotations
@@ -34,16 +35,18 @@ from heeler.ppo.minibatches import budgeted_microbatches
 from heeler.ppo.schedules import Schedule
 from heeler.runtime import machine
 from heeler.runtime.configs import to_json
+from heeler.runtime.packages import require
 from heeler.runtime.passes import PassBudget, pass_budget
 from heeler.runtime.progress import progress, say
 from heeler.runtime.runs import write_json
-from heeler.train.run import interruptible
+from heeler.train.run import at_least, interruptible
 from heeler.types import CheckFailed, HeelerError
 
 STATE = "training.pt"
 COUNTERS = ("order", "done", "step", "seconds", "recent")
 SAVE_EVERY = 300.0  # seconds
 TEXTS_AT_ONCE = 512  # tokenised between two looks at the progress bar
+NORMALIZED_ON = 1000  # chosen completions, drawn from all of the training set
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +63,8 @@ class RewardConfig:
         frozen_layers: layers at the bottom that stay as they are, with the embeddings.
         lengths: crop lengths in tokens, for labelled texts; each batch draws one. Texts are read whole where empty.
         from_start: share of crops that begin at the text's first word; the others begin anywhere.
-        max_tokens: longer labelled texts lose their end, longer sides of a preference their beginning.
+        max_tokens: longer labelled texts lose their end, longer sides of a preference their beginning; where the model
+            reads fewer tokens, its own limit holds.
         label_smoothing: pulls targets toward 1/2: keeps the logits of the reward in a range that PPO can use.
         centring: coefficient of (s(chosen) + s(rejected))^2.
         normalize: store gain and bias that give chosen completions mean 0 and standard deviation 1.
@@ -93,8 +97,57 @@ class RewardConfig:
     precision: machine.Precision = "auto"
 
 
+def check_numbers(config: RewardConfig) -> None:
+    """Raise a sentence where a number of the config cannot be used."""
+    at_least(
+        {
+            "--tokens": (config.tokens, 0),
+            "--epochs": (config.epochs, 0),
+            "--batch-size": (config.batch_size, 1),
+            "--lr": (config.lr, 0),
+            "--head-lr": (config.head_lr, 0),
+            "--warmup": (config.warmup, 0),
+            "--frozen-layers": (config.frozen_layers, 0),
+            "--lengths": (min(config.lengths, default=1), 1),
+            "--max-tokens": (config.max_tokens, 1),
+        }
+    )
+
+
+def most_tokens(path: str, tokenizer: Any) -> int | None:
+    """Tokens of the longest text that the model at `path` reads, special ones included; None where nothing says.
+
+    RoBERTa and its like count positions from behind the padding's, so they read fewer tokens than they have positions.
+    """
+    require("transformers", "lm")
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    limits = [tokenizer.model_max_length]
+    try:
+        config = AutoConfig.from_pretrained(loading.model_folder(path))
+        with torch.device("meta"):  # no weights
+            model: Any = AutoModelForSequenceClassification.from_config(config)
+        positions = loading.context_length(model) or 0
+    except (OSError, ValueError, RuntimeError):
+        model, positions = torch.nn.Module(), 0  # what cannot be loaded is refused in words where it is loaded
+    if positions > 0:  # XLNet says -1
+        of_padding = [
+            module.padding_idx
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Embedding) and "position" in name and module.num_embeddings == positions
+        ]
+        limits.append(positions - max((i + 1 for i in of_padding if i is not None), default=0))
+    limit = min(limits)
+    return int(limit) if limit < 10**9 else None  # a tokenizer that knows no limit says 10 to the 30
+
+
 class _Tokenized:
-    """Texts tokenised once, and put between the tokenizer's special tokens."""
+    """Texts tokenised once, and put between the tokenizer's special tokens.
+
+    Attributes:
+        room: tokens of a text without the special ones.
+        num_cut: texts that were longer.
+    """
 
     def __init__(
         self, texts: Sequence[str], tokenizer: Any, max_tokens: int, keep: Literal["start", "end"], show: bool
@@ -103,17 +156,25 @@ class _Tokenized:
             raise HeelerError("there are no texts to train the reward model on")
         self.tokenizer = tokenizer
         self.before, self.after = loading.special_tokens_around(tokenizer)
-        room = max_tokens - len(self.before) - len(self.after)
+        special = len(self.before) + len(self.after)
+        self.room = room = max_tokens - special
+        if room < 1:
+            raise HeelerError(
+                f"--max-tokens {max_tokens} leaves no room for a text beside the tokenizer's {special} special tokens:"
+                f" give at least {special + 1}"
+            )
+        self.num_cut = 0
         self.ids: list[list[int]] = []
         with progress(len(texts), "tokenising", "text", show=show) as bar:
             for start in range(0, len(texts), TEXTS_AT_ONCE):
                 encoded = tokenizer(list(texts[start : start + TEXTS_AT_ONCE]), add_special_tokens=False)["input_ids"]
                 self.ids += [ids[:room] if keep == "start" else ids[-room:] for ids in encoded]
+                self.num_cut += sum(len(ids) > room for ids in encoded)
                 bar.update(len(encoded))
 
     def row(self, i: int, start: int = 0, length: int | None = None) -> list[int]:
         """Text `i` from token `start`, `length` tokens with the special ones; all of it where None."""
-        end = None if length is None else start + length - len(self.before) - len(self.after)
+        end = None if length is None else start + max(length - len(self.before) - len(self.after), 0)
         return [*self.before, *self.ids[i][start:end], *self.after]
 
     @property
@@ -182,11 +243,20 @@ class PreferencePairs:
         self.texts = _Tokenized(texts, tokenizer, max_tokens, keep="end", show=show)  # the completion is what differs
         for i, pair in enumerate(pairs):
             if self.texts.ids[2 * i] == self.texts.ids[2 * i + 1]:
-                raise HeelerError(
-                    f"pair {i + 1}: the last {max_tokens} tokens of chosen and rejected are equal"
-                    f" ({pair.chosen[-60:]!r}): allow more tokens or drop the pair"
-                )
+                raise HeelerError(f"{pair.where or f'pair {i + 1}'}: {self._why_equal(pair)}")
         self.margins = torch.tensor([pair.margin for pair in pairs])
+
+    def _why_equal(self, pair: Preference) -> str:
+        chosen, rejected = (
+            self.texts.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (pair.chosen, pair.rejected)
+        )
+        end = repr(pair.chosen[-60:])
+        if chosen == rejected:
+            return f"chosen and rejected have the same tokens ({end}), so that no model tells them apart: drop the row"
+        return (
+            f"the last {self.texts.room} tokens of chosen and rejected are equal ({end}): give a larger --max-tokens,"
+            " where the model reads more, or drop the row"
+        )
 
     def __len__(self) -> int:
         return len(self.margins)
@@ -421,6 +491,7 @@ def train_reward_model(
         what is written to `heeler.json`: the config, the figures, the seconds; and for preferences `scores`, the
         normalised scores of chosen and rejected of each test.
     """
+    check_numbers(config)
     machine.keep_freed_memory()
     torch.manual_seed(config.seed)
     # the machine's part of the config may change between two sessions, the training not
@@ -456,7 +527,8 @@ def train_reward_model(
     _train_to(total, training, train, config, computing, keep, again, on_step, show)
     score: dict[str, Any] = {"kind": train.kind, "scale": 1.0, "shift": 0.0}
     if isinstance(train, PreferencePairs) and config.normalize:
-        chosen = [train.texts.row(2 * i) for i in range(min(len(train), 1000))]
+        drawn = random.Random(config.seed).sample(range(len(train)), min(len(train), NORMALIZED_ON))
+        chosen = [train.texts.row(2 * i) for i in drawn]
         with computing:
             scores = score_rows(model, tokenizer, chosen, label="normalising", show=show)
         score["scale"] = 1 / max(float(scores.std(correction=0)), 1e-6)

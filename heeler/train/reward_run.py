@@ -18,7 +18,15 @@ from heeler.policies import loading
 from heeler.runtime.configs import from_json, to_json
 from heeler.runtime.progress import say
 from heeler.runtime.runs import RunFolder
-from heeler.train.reward import LabelledTexts, PreferencePairs, RewardConfig, kept_training, train_reward_model
+from heeler.train.reward import (
+    LabelledTexts,
+    PreferencePairs,
+    RewardConfig,
+    check_numbers,
+    kept_training,
+    most_tokens,
+    train_reward_model,
+)
 from heeler.train.run import default_out, new_folder
 from heeler.types import HeelerError
 
@@ -90,6 +98,10 @@ def _train(
     show: bool,
 ) -> dict[str, Any]:
     say(f"{len(train):,} {train.kind} to train on, {len(test):,} held out", show)
+    cut, texts = train.texts.num_cut + test.texts.num_cut, len(train.texts.ids) + len(test.texts.ids)
+    if cut:
+        side = "beginning" if isinstance(train, PreferencePairs) else "end"
+        say(f"{cut:,} of the {texts:,} texts lose their {side}: they have more than {train.texts.room} tokens", show)
     again = f"run: heeler resume {folder.path}"
 
     def start(step: int, resolved: dict[str, Any]) -> None:
@@ -137,8 +149,10 @@ def _load(
         )
     if not 0 < task.eval_share < 1:
         raise HeelerError(f"--eval-share is {task.eval_share}: it must lie between 0 and 1")
+    check_numbers(task.training)
     tokenizer = loading.load_tokenizer(task.training.model)
-    limit = task.training.max_tokens
+    readable = most_tokens(task.training.model, tokenizer)
+    limit = task.training.max_tokens if readable is None else min(task.training.max_tokens, readable)
     rows, name = named_rows(source, task.data or "the data")
     shares = {"train": 1 - task.eval_share, "held_out": task.eval_share}
     parts: Mapping[str, Any]
@@ -161,6 +175,12 @@ def _load(
     else:
         parts = split_by_prompt(labelled, shares, seed=task.training.seed, prompt=lambda pair: pair[0])
     _both_parts(parts, name)
+    for part, of in parts.items():
+        if len({label for _, label in of}) == 1:
+            raise HeelerError(
+                f"{name}: after the split all {len(of)} labels of the part {part!r} are {of[0][1]}, and a reward model"
+                " needs both classes: give more rows, another --eval-share or --seed, or --eval-data"
+            )
     train, test = (
         LabelledTexts(
             [t for t, _ in parts[part]], [y for _, y in parts[part]], tokenizer, limit, show and part == "train"

@@ -10,6 +10,7 @@ The result is a run folder whose `policy/` starts PPO: `heeler ppo lm --model ru
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -36,12 +37,13 @@ from heeler.runtime import machine
 from heeler.runtime.configs import from_json, to_json
 from heeler.runtime.passes import PassBudget, pass_budget
 from heeler.runtime.progress import progress, say
-from heeler.runtime.runs import RunFolder
+from heeler.runtime.runs import NotWritten, RunFolder
 from heeler.train.optimizers import AdamW, check_installed, make_adamw
-from heeler.train.run import default_out, interruptible, new_folder
-from heeler.types import CheckFailed, HeelerError, Request, Sampling
+from heeler.train.run import at_least, default_out, interruptible, new_folder
+from heeler.types import CheckFailed, Completion, HeelerError, Request, Sampling
 
 PACKED_ROW = 4096
+BEGINNING = 8  # tokens of a text that are its prompt in samples.jsonl, of a short one half
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,8 +77,9 @@ class SFTConfig:
         eval_every: evaluate each N updates and keep the weights with the lowest held-out loss; 0 evaluates before
             and after only.
         checkpoint_every: updates between checkpoints.
-        sample_prompts: held-out prompts that are completed after training, for samples.jsonl.
-        sample_tokens: length cap of these completions.
+        sample_prompts: held-out prompts, or beginnings of held-out texts, that are completed after training, for
+            samples.jsonl.
+        sample_tokens: length cap of these completions; fewer where the model's context ends before.
         activation_checkpointing: layers keep only their input for the backward pass and are computed again in it: less
             memory, a forward pass more.
         precision: "auto" measures; fp32 or bf16.
@@ -202,6 +205,18 @@ def build_sft_run(
     config: SFTConfig, *, data: Sequence[Any] | None = None, eval_data: Sequence[Any] | None = None
 ) -> SFTRun:
     """Load model and examples; nothing is written yet."""
+    at_least(
+        {
+            "--epochs": (config.epochs, 0),
+            "--updates": (config.updates, 0),
+            "--examples-per-update": (config.examples_per_update, 1),
+            "--lr": (config.lr, 0),
+            "--eval-every": (config.eval_every, 0),
+            "--checkpoint-every": (config.checkpoint_every, 1),
+            "--sample-prompts": (config.sample_prompts, 0),
+            "--sample-tokens": (config.sample_tokens, 0),
+        }
+    )
     check_installed(config.optimizer)
     machine.keep_freed_memory()
     machine.set_threads(config.threads)
@@ -392,6 +407,23 @@ def _save(run: SFTRun) -> None:
 
 
 def _advance(run: SFTRun, on_update: Callable[[dict[str, float]], None] | None, show: bool) -> None:
+    """Train from the run's state to its end and export; what stops it says how the run goes on."""
+    assert run.folder is not None
+    go_on = f"continue with: heeler resume {run.folder.path}"
+    try:
+        _train_and_export(run, on_update, show)
+    except KeyboardInterrupt as interrupt:
+        said = str(interrupt) or "interrupted"
+        raise KeyboardInterrupt(said if "heeler resume" in said else f"{said}; {go_on}") from None
+    except NotWritten:
+        raise
+    except HeelerError as error:
+        raise type(error)(
+            f"{error} [after update {run.step}; {run.folder.path} holds update {run.folder.last_checkpoint()}, {go_on}]"
+        ) from error
+
+
+def _train_and_export(run: SFTRun, on_update: Callable[[dict[str, float]], None] | None, show: bool) -> None:
     folder, config = run.folder, run.config
     assert folder is not None
     for note in run.notes:
@@ -433,7 +465,7 @@ def _update(run: SFTRun) -> dict[str, float]:
     if not math.isfinite(loss):
         raise CheckFailed(
             f"the loss became {loss} at update {run.step + 1}: lower the learning rate, or look for NaN in the model's"
-            f" weights [{run.folder.path if run.folder else ''} keeps its last checkpoint]"
+            " weights"
         )
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm))
@@ -486,24 +518,45 @@ def _finish(run: SFTRun, show: bool) -> None:
 def _sample(run: SFTRun, model: Any) -> None:
     """Complete a few held-out prompts with the exported model, beside what the data say."""
     assert run.folder is not None
-    chosen = [e for e in run.held_out or run.train if not e.is_target[0] and any(e.is_target)]
-    prompts = [e.tokens[: e.is_target.index(True)] for e in chosen[: run.config.sample_prompts]]
-    if not prompts or run.config.sample_tokens < 1:
+    config = run.config
+    examples = [e for e in run.held_out or run.train if any(e.is_target) and len(e.tokens) > 1][: config.sample_prompts]
+    prompts = [_asked(e) for e in examples]
+    if not prompts or config.sample_tokens < 1:
         return
     engine = native_engine(model.to(run.policy.device), eos_ids=run.eos_ids)
-    requests = [Request(prompt=p, seed=draw_seed(run.config.seed, i)) for i, p in enumerate(prompts)]
-    completions = engine.generate(requests, Sampling(max_new_tokens=run.config.sample_tokens))
+    requests = [Request(prompt=p, seed=draw_seed(config.seed, i)) for i, p in enumerate(prompts)]
+    caps = [min(config.sample_tokens, _room_after(model, p)) for p in prompts]
+    completions: dict[int, Completion] = {}
+    for cap in sorted(set(caps)):
+        chosen = [i for i, c in enumerate(caps) if c == cap]
+        drawn = engine.generate([requests[i] for i in chosen], Sampling(max_new_tokens=cap))
+        completions |= dict(zip(chosen, drawn, strict=True))
     samples = [
         {
             "update": run.step,
             "prompt": run.tokenizer.decode(p, skip_special_tokens=True),
-            "completion": decode(run.tokenizer, c),
+            "completion": decode(run.tokenizer, completions[i]),
             "expected": run.tokenizer.decode(e.tokens[len(p) :], skip_special_tokens=True),
         }
-        for p, c, e in zip(prompts, completions, chosen, strict=False)
+        for i, (p, e) in enumerate(zip(prompts, examples, strict=True))
     ]
     run.folder.write_samples(samples)
     run.summary["examples"] = samples
+
+
+def _asked(example: Example) -> list[int]:
+    """What stands before the first target; of a text, which is all targets, its first tokens."""
+    first = example.is_target.index(True)
+    return example.tokens[: first or min(BEGINNING, len(example.tokens) // 2)]
+
+
+def _room_after(model: Any, prompt: Sequence[int]) -> int:
+    """Tokens that the model has positions for after a prompt that was trained on (at least the one that it learnt)."""
+    if model.config.is_encoder_decoder:
+        _, positions = loading.seq2seq_lengths(model)
+    else:
+        positions = loading.prompt_room(model, len(prompt))
+    return sys.maxsize if positions is None else positions
 
 
 def _describe(figures: Mapping[str, float]) -> str:

@@ -123,7 +123,7 @@ def test_a_template_that_forgets(tokenizer: Any) -> None:
         ([{"messages": [YO, HI]}], "row 1: the assistant's turn is the first message"),
         ([{"messages": [HI, {**YO, "content": " "}]}], "row 1: the assistant's message 2 is empty"),
         ([{"messages": [{**HI, "role": "system"}, YO]}], r"row 1: .* refuses the messages \(no system, please\)"),
-        ([{"text": "ab"}, {"text": "x" * 40}], "row 2: 41 tokens, but the model's context holds 40"),
+        ([{"text": "ab"}, {"text": "x" * 40}], "row 2: 41 tokens, but .* context holds 40: .*--too-long drop"),
     ],
 )
 def test_bad_rows(tokenizer: Any, rows: list[Any], says: str) -> None:

@@ -46,7 +46,8 @@ def test_forms() -> None:
 def test_files(tmp_path: Path) -> None:
     file = tmp_path / "p.csv"
     file.write_text("prompt,chosen,rejected,margin\na, b, c,-1\n")
-    assert load_preferences(str(file), max_tokens=None)[0].margin == -1.0
+    (read,) = load_preferences(str(file), max_tokens=None)
+    assert read.margin == -1.0 and read.where == f"{file}, row 1"
     file.write_text("prompt,chosen,rejected\na, b, c\na,x,x\n")
     with pytest.raises(HeelerError, match=r"p\.csv, row 2: chosen and rejected are equal"):
         load_preferences(str(file), max_tokens=None)

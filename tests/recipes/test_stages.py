@@ -17,7 +17,8 @@ from heeler.data.reasoning import reasoning_gym_prompts
 from heeler.envs.tools import Calculator
 from heeler.policies.loading import load_causal_lm, load_tokenizer
 from heeler.recipes import calculator, rlhf, stages, tasks
-from heeler.runtime.runs import RunFolder
+from heeler.runtime.runs import RunFolder, read_json
+from heeler.train import sft
 from heeler.train.reward import RewardConfig
 from heeler.train.reward_run import RewardTask
 from heeler.train.sft import SFTConfig
@@ -120,6 +121,83 @@ def test_a_folder_that_is_no_run_is_refused(tiny_smollm2: str, tmp_path: Path) -
     (tmp_path / "run" / "sft" / "notes").mkdir(parents=True)
     with pytest.raises(HeelerError, match="exists and is no run that could go on"):
         stages.sft_stage(SFTConfig(model=tiny_smollm2, data="x.jsonl", out=str(tmp_path / "run" / "sft")))
+
+
+ROWS = [{"prompt": f"{a}{b}=", "completion": f"{b}{a}."} for a in "abc" for b in "def"]
+
+
+def sft_of(model: str, tmp_path: Path, **changes: Any) -> SFTConfig:
+    data = stages.write_rows(tmp_path / "rows.jsonl", ROWS)
+    return SFTConfig(
+        model=model, data=data, out=str(tmp_path / "sft"), updates=2, examples_per_update=4, threads=1,
+        precision="fp32", sample_tokens=4, **changes,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("eval_share", [0.05, 0.4])
+def test_fine_tuning_that_was_killed_before_its_summary_goes_on(
+    tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eval_share: float
+) -> None:
+    """While it samples with the policy that it has exported; 5 % of 9 examples hold out nothing."""
+    config = sft_of(tiny_llama, tmp_path, eval_share=eval_share)
+
+    def killed(*_: Any) -> None:
+        raise SystemExit
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sft, "_sample", killed)
+        with pytest.raises(SystemExit):
+            stages.sft_stage(config, show=False)
+    folder = tmp_path / "sft"
+    assert (folder / "policy").is_dir() and not (folder / "summary.json").exists()
+    summary = stages.sft_stage(config, show=False)
+    assert summary["updates"] == 2 and ("eval/after" in summary) == (eval_share == 0.4)
+    trained = (folder / "metrics.jsonl").read_text()
+    assert stages.sft_stage(config, show=False) == summary and (folder / "metrics.jsonl").read_text() == trained
+
+
+def test_fine_tuning_that_was_killed_before_its_first_checkpoint_begins_again(
+    tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, folder = sft_of(tiny_llama, tmp_path), tmp_path / "sft"
+
+    def killed(state: Any, file: Path) -> None:
+        file.write_text("half")
+        raise SystemExit
+
+    with monkeypatch.context() as patched:
+        patched.setattr(torch, "save", killed)
+        with pytest.raises(SystemExit):
+            stages.sft_stage(config, show=False)
+    assert [file.name for file in (folder / "checkpoints").iterdir()] == ["step-000000.partial"]
+    assert stages.sft_stage(config, show=False)["updates"] == 2
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(HeelerError, match="exists and is no run that could go on"):
+        stages.sft_stage(replace(config, out=str(tmp_path / "model")))
+    assert (tmp_path / "model" / "config.json").exists()
+
+
+def test_the_folder_of_something_else_is_not_taken(tmp_path: Path) -> None:
+    """Neither that of a run nor any other that is not empty; what a recipe left that was stopped at once is."""
+    recipe = tasks.QA()
+    run = tmp_path / "imdb"
+    run.mkdir()
+    (run / "summary.json").write_text("{}")
+    with pytest.raises(HeelerError, match="imdb holds something else than a recipe's stages: move it away, or choose"):
+        stages.claim(str(run), "qa", recipe)
+    assert [file.name for file in run.iterdir()] == ["summary.json"]
+    with pytest.raises(HeelerError, match=r"cannot create the folder .*: File exists; choose another --out"):
+        stages.claim(str(run / "summary.json"), "qa", recipe)
+    out = tmp_path / "qa"
+    out.mkdir()
+    (out / "recipe.json.partial").write_text("{")
+    assert stages.claim(str(out), "qa", recipe) == out
+    assert stages.claim(str(out), "trivia", recipe) == out  # no stage began
+    (out / "data").mkdir()
+    assert stages.claim(str(out), "trivia", recipe) == out and read_json(out / "recipe.json")["recipe"] == "trivia"
+    with pytest.raises(HeelerError, match="was begun with recipe trivia, not qa"):
+        stages.claim(str(out), "qa", recipe)
 
 
 def test_answers_of_reasoning_gym_are_taken_from_the_first_line() -> None:

@@ -405,6 +405,63 @@ def test_normalised_scores_of_chosen_texts(encoder: str, tmp_path: Path) -> None
     assert float(scores.std(correction=0)) == pytest.approx(1.0, abs=1e-3)
 
 
+def test_a_large_set_is_normalised_on_a_drawn_part(
+    encoder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file sorted by its completions: the part that is drawn holds all kinds of them."""
+    monkeypatch.setattr(reward_training, "NORMALIZED_ON", 8)
+    rows = [
+        {"prompt": "the", "chosen": f" {good}{' film' * i}", "rejected": " bad"}
+        for good in ("good", "fine", "a")
+        for i in range(12)
+    ]
+    pairs = load_preferences(rows, max_tokens=None)
+    data = PreferencePairs(pairs, load_tokenizer(encoder))
+    scored: list[list[list[int]]] = []
+    score_rows = reward_training.score_rows
+
+    def score(model: Any, tokenizer: Any, texts: Any, **options: Any) -> torch.Tensor:
+        scored.append(texts)
+        return score_rows(model, tokenizer, texts, **options)
+
+    monkeypatch.setattr(reward_training, "score_rows", score)
+    config = RewardConfig(model=encoder, tokens=100, threads=1, precision="fp32")
+    for out in ("one", "two"):
+        train_reward_model(config, data, {}, tmp_path / out, show=False)
+    assert scored[0] == scored[1] and len(scored[0]) == 8
+    chosen = [data.texts.row(2 * i) for i in range(len(rows))]
+    assert {chosen.index(row) // 12 for row in scored[0]} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("kind", ["bert", "roberta", "tokenizer"])
+def test_long_texts_are_cut_to_what_the_model_reads(encoder: str, tmp_path: Path, capsys: Any, kind: str) -> None:
+    """32 positions, of which RoBERTa reads 30, or a tokenizer that says 20: one row in four is longer."""
+    from transformers import RobertaConfig, RobertaModel
+
+    tokenizer = load_tokenizer(encoder)
+    model, reads = encoder, 32
+    if kind == "roberta":
+        sizes: dict[str, Any] = {
+            "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64
+        }  # fmt: skip
+        config = RobertaConfig(vocab_size=len(tokenizer), max_position_embeddings=32, pad_token_id=1, **sizes)
+        model, reads = str(tmp_path / "roberta"), 30
+        RobertaModel(config).save_pretrained(model)
+        tokenizer.save_pretrained(model)
+    elif kind == "tokenizer":
+        model, reads = str(tmp_path / "short"), 20
+        loading.load_classifier(encoder, num_labels=1).save_pretrained(model)
+        tokenizer.model_max_length = 20
+        tokenizer.save_pretrained(model)
+    assert reward_training.most_tokens(model, load_tokenizer(model)) == reads
+    rows = [{**row, "prompt": "the " * 50 + row["prompt"]} if i % 4 == 0 else row for i, row in enumerate(PAIRS)]
+    task = task_of(model, tmp_path / "run", tokens=0)
+    train_reward(task, data=rows)
+    assert f"12 of the 48 texts lose their beginning: they have more than {reads - 2} tokens" in capsys.readouterr().out
+    train_reward(task_of(model, tmp_path / "shorter", tokens=100, max_tokens=10), data=rows)
+    assert "they have more than 8 tokens" in capsys.readouterr().out
+
+
 def test_labels_from_a_file_and_the_command_line(encoder: str, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
     from heeler.cli import main
 
@@ -419,11 +476,15 @@ def test_labels_from_a_file_and_the_command_line(encoder: str, tmp_path: Path, m
     assert "probability" in load_reward("rm")(samples_of(["the"], [" good film"])).components
     Path("pairs.jsonl").write_text(json.dumps({"prompt": "the", "chosen": " good", "rejected": " good"}) + "\n")
     Path("other.csv").write_text("text,label\nthe good film,1\na,1\n")
+    Path("three.csv").write_text("text,label\nbad,0\n" + "".join(f"the {i},1\n" for i in range(12)))
     for words, says in [
         (["--data", "pairs.jsonl"], "pairs.jsonl, row 1"),
         (["--data", "other.csv"], "needs both classes"),
         (["--data", "reviews.csv", "--eval-data", "reviews.csv"], "16 of the 16 prompts of 'train'"),
         (["--data", "reviews.csv", "--eval-share", "0"], "--eval-share is 0"),
+        (["--data", "reviews.csv", "--batch-size", "0"], "--batch-size must be at least 1, not 0"),
+        (["--data", "reviews.csv", "--max-tokens", "0"], "--max-tokens must be at least 1, not 0"),
+        (["--data", "three.csv", "--eval-share", "0.3"], "three.csv: after the split all "),
         ([], "no data were given"),
     ]:
         assert main(["reward", *flags, *words, "--out", "bad"]) == 2
@@ -444,9 +505,20 @@ def test_long_pairs_are_compared_by_their_ends(encoder: str) -> None:
     long = [{"prompt": "the " * 20, "chosen": "good film", "rejected": "bad film"}]
     data = PreferencePairs(load_preferences(long, max_tokens=None), tokenizer, max_tokens=6)
     assert tokenizer.decode(data.texts.row(0)) == "[CLS] the the good film [SEP]"
-    same = [{"prompt": "the", "chosen": "good a film the", "rejected": "bad a film the"}]
-    with pytest.raises(HeelerError, match="pair 1: the last 5 tokens of chosen and rejected are equal"):
-        PreferencePairs(load_preferences(same, max_tokens=None), tokenizer, max_tokens=5)
+    same = [{"prompt": "the ", "chosen": "good a film the", "rejected": "bad a film the"}]
+    cut = [long[0], {**long[0], "rejected": "bad film the bad film the"}, *same]
+    with pytest.raises(HeelerError, match=r"mine, row 3: the last 3 tokens of .* equal .* larger --max-tokens"):
+        PreferencePairs(load_preferences(cut, max_tokens=None, name="mine"), tokenizer, max_tokens=5)
+    spaces = [long[0], {"prompt": "the", "chosen": " good", "rejected": " good "}]
+    with pytest.raises(HeelerError, match=r"mine, row 2: chosen and rejected have the same tokens .*: drop the row"):
+        PreferencePairs(load_preferences(spaces, max_tokens=None, name="mine"), tokenizer)
+    assert PreferencePairs(load_preferences(long, max_tokens=None), tokenizer, max_tokens=4).texts.num_cut == 2
+    for labels in (True, False):
+        with pytest.raises(HeelerError, match=r"--max-tokens 2 leaves no room .* 2 special tokens: give at least 3"):
+            if labels:
+                LabelledTexts(TEXTS, LABELS, tokenizer, max_tokens=2)
+            else:
+                PreferencePairs(load_preferences(long, max_tokens=None), tokenizer, max_tokens=2)
 
 
 def test_a_critic_starts_from_the_reward_models_score(tmp_path: Path) -> None:

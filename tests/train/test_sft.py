@@ -17,8 +17,10 @@ from heeler.policies.language_model import LanguageModelPolicy, ValueHead
 from heeler.policies.loading import load_causal_lm, load_tokenizer
 from heeler.ppo.schedules import Schedule
 from heeler.runtime.passes import PassBudget
+from heeler.train import sft
 from heeler.train.sft import as_inputs, build_sft_run, held_out_figures, sft_gradients
 from tests.runs import interrupted_save, numbers, small
+from tests.tiny import save_tiny_model, save_tiny_seq2seq
 from tests.train.test_text import vowels
 
 ROWS = [{"prompt": f"{a}{b}=", "completion": f"{b}{a}."} for a in "abcd" for b in "efgh"]
@@ -192,7 +194,11 @@ def test_the_command_line(tiny_llama: str, tmp_path: Path, monkeypatch: pytest.M
         (["--data", "data.jsonl", "--eval-share", "1.0"], "--eval-share is 1.0"),
         (["--data", "data.jsonl", "--eval-share", "0.99"], "are too few to hold out 99%"),
         (["--data", "data.jsonl", "--max-tokens", "3"], "data.jsonl, row 1: 7 tokens"),
+        (["--data", "data.jsonl", "--max-tokens", "3"], "drop what is too long (--too-long drop)"),
         (["--data", "gone.jsonl"], "there is no file gone.jsonl"),
+        (["--data", "data.jsonl", "--examples-per-update", "0"], "--examples-per-update must be at least 1, not 0"),
+        (["--data", "data.jsonl", "--checkpoint-every", "0"], "--checkpoint-every must be at least 1, not 0"),
+        (["--data", "data.jsonl", "--sample-tokens", "-1"], "--sample-tokens must be at least 0, not -1"),
     ]:
         assert main(["sft", "--model", tiny_llama, "--out", "bad", *words]) == 2
         assert says in capsys.readouterr().err and not Path("bad").exists()
@@ -211,6 +217,57 @@ def test_prompts_are_held_out_with_all_their_completions(tiny_llama: str, tmp_pa
 
 def test_a_loss_that_is_not_finite_stops_the_run(tiny_llama: str, tmp_path: Path) -> None:
     config = config_of(tiny_llama, tmp_path / "run", lr=float("inf"))
-    with pytest.raises(HeelerError, match=r"the loss became (nan|inf) at update 2"):
+    with pytest.raises(HeelerError, match=r"the loss became (nan|inf) at update 2: .* holds update 0, continue with"):
         train_sft(config, data=ROWS, show=False)
     assert (tmp_path / "run" / "checkpoints" / "step-000000").is_dir()
+
+
+def samples_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+
+
+def test_samples_end_where_the_models_positions_end(tmp_path: Path) -> None:
+    """GPT-2 with 64 positions: a prompt of 59 leaves 5 of the 30 tokens, one of 2 leaves all."""
+    model = save_tiny_model(tmp_path / "gpt2", "gpt2")
+    rows = [{"prompt": "x" * 60, "completion": "y"}, {"prompt": "abc", "completion": "d"}] * 2
+    config = config_of(model, tmp_path / "run", updates=1, sample_tokens=30)
+    run = train_sft(config, data=rows, eval_data=[{**row, "prompt": row["prompt"][1:]} for row in rows], show=False)
+    for sample, room in zip(run.summary["examples"], (5, 30, 5, 30), strict=True):
+        assert len(sample["completion"]) <= room  # a token is a byte
+    assert [len(sample["prompt"]) for sample in samples_of(tmp_path / "run")] == [59, 2, 59, 2]
+    assert len({sample["completion"] for sample in run.summary["examples"][:2]}) == 2
+    bart = save_tiny_seq2seq(tmp_path / "bart", "bart")  # its decoder has 64 positions too
+    train_sft(config_of(bart, tmp_path / "translated", updates=1, sample_tokens=99), data=rows[1:2] * 4 + rows[:1],
+              show=False)  # fmt: skip
+    assert samples_of(tmp_path / "translated")
+
+
+def test_texts_are_continued_from_their_beginnings(tiny_llama: str, tmp_path: Path) -> None:
+    rows = [{"text": f"{letter * 12}, and so on"} for letter in "abcdefgh"] + [{"text": "xyz"}]
+    config = config_of(tiny_llama, tmp_path / "run", updates=1, eval_share=0.0, sample_prompts=9)
+    train_sft(config, data=rows, show=False)
+    samples = sorted(samples_of(tmp_path / "run"), key=lambda sample: sample["prompt"])
+    assert [s["prompt"] for s in samples] == [*[letter * 8 for letter in "abcdefgh"], "xy"]
+    assert [s["prompt"] + s["expected"] for s in samples] == [row["text"] for row in rows]
+    assert any(s["completion"] for s in samples)
+
+
+@pytest.mark.parametrize("where", ["held_out_figures", "_sample"])
+def test_a_stop_at_the_end_says_how_to_go_on(
+    tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    config = config_of(tiny_llama, tmp_path / "run", updates=1, eval_every=0)
+    whole, calls = getattr(sft, where), 0
+
+    def stop(*given: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if where == "_sample" or calls == 2:  # the first evaluation is the one before training
+            raise KeyboardInterrupt
+        return whole(*given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(sft, where, stop)
+        with pytest.raises(KeyboardInterrupt, match=f"interrupted; continue with: heeler resume {tmp_path / 'run'}"):
+            train_sft(config, data=ROWS, show=False)
+    assert "eval/after" in resume_sft(tmp_path / "run", data=ROWS, show=False).summary
