@@ -62,7 +62,7 @@ def train(recipe: str, seed: int, folder: Path, extra: list[str]) -> None:
     else:
         command = [sys.executable, "-m", "heeler.cli", "ppo", recipe, "--seed", str(seed), "--out", str(folder)]
         episodes = "100" if recipe not in ("pong", "breakout") else "16"
-        command += ["--threads", "1", "--eval-episodes", episodes, *extra]
+        command += ["--threads", "1", "--eval-episodes", episodes, "--eval-every", "0", *extra]
     with folder.with_suffix(".log").open("wb") as log:
         status = subprocess.run(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
     print(f"{recipe} seed {seed}: {'done' if status == 0 else f'status {status}, see {folder}.log'}", flush=True)
@@ -100,7 +100,7 @@ def apart(recipe: str, folder: Path) -> list[str]:
     if 0 <= run.steps - now.steps < run.num_steps * run.env.num_envs:  # whole rollouts
         now = replace(now, steps=run.steps)
     run = replace(run, ppo=replace(run.ppo, ratio_tolerance=now.ppo.ratio_tolerance))  # in bf16 a run widens it
-    of_the_run = ("out", "seed", "threads", "eval_episodes", "updates")
+    of_the_run = ("out", "seed", "threads", "eval_episodes", "eval_every", "updates")
     names = [field.name for field in fields(now) if field.name not in of_the_run]
     return [
         f"{name} {getattr(run, name)} is now {getattr(now, name)}"

@@ -359,7 +359,7 @@ class Eval:
         episodes: of an environment.
         seed: of the episodes.
         sample: in an environment: draw actions instead of taking the most likely ones.
-        video: film one episode into this file (mp4 or gif).
+        video: film one episode into this file (.mp4, .gif, .mkv, .mov or .avi).
     """
 
     prompts: str | None = None
@@ -375,6 +375,11 @@ def _eval(words: list[str]) -> int:
     verb = _verb(path)
     if verb == "ppo gym":
         return _eval_gym(path, chosen)
+    if verb in ("sft", "reward"):
+        raise HeelerError(
+            f"heeler eval is for PPO runs, and {path} is one of heeler {verb}: its held-out figures are in"
+            f" {path}/summary.json"
+        )
     from heeler.runtime.runs import write_json
     from heeler.train.dialogue import load_dialogue_run
     from heeler.train.report import figures_table
@@ -393,14 +398,16 @@ def _eval_gym(path: str, chosen: Eval) -> int:
     from pathlib import Path
 
     from heeler.runtime.runs import write_json
-    from heeler.train.control import last_update, load_actor_critic, load_policy
-    from heeler.train.evaluate_control import evaluate_policy, record_video
+    from heeler.train.control import LARGEST_SEED, at_most, load_actor_critic, load_policy
+    from heeler.train.evaluate_control import check_film, evaluate_policy, record_video
+    from heeler.train.run import at_least
 
-    if chosen.episodes < 1:
-        raise HeelerError(f"--episodes must be at least 1, not {chosen.episodes}")
+    at_least({"--episodes": (chosen.episodes, 1), "--seed": (chosen.seed, 0)})
+    at_most({"--seed": (chosen.seed, LARGEST_SEED)})
     policy, config = load_actor_critic(path)
-    if (step := last_update(path)) is not None:
-        print(f"{path} was stopped after update {step} of {config.updates}: its last checkpoint plays")
+    if chosen.video is not None:
+        check_film(config.env, chosen.video)  # before the episodes are played
+    _say_which_policy(path, config, "plays")
     deterministic = config.eval_deterministic and not chosen.sample
     figures = evaluate_policy(
         policy, config.env, episodes=chosen.episodes, deterministic=deterministic, seed=chosen.seed, show=True
@@ -415,6 +422,18 @@ def _eval_gym(path: str, chosen: Eval) -> int:
         frames = record_video(acting, config.env, chosen.video, seed=chosen.seed)
         print(f"{chosen.video}: {frames} frames")
     return 0
+
+
+def _say_which_policy(path: str, config: Any, does: str) -> None:
+    """Where it is not the last one of a finished run of an environment."""
+    from pathlib import Path
+
+    from heeler.train.control import last_update, policy_folder
+
+    if (step := last_update(path)) is not None:
+        print(f"{path} was stopped after update {step} of {config.updates}: its last checkpoint {does}")
+    elif policy_folder(path) == Path(path) / "best" / "policy":
+        print(f"{path} kept the best policy of its evaluations: it {does}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -433,14 +452,15 @@ class Export:
 def _export(words: list[str]) -> int:
     path, rest = _positional(words, "export", "a run folder")
     chosen = _parse(Export, rest, "heeler export RUN")
-    if _verb(path) != "ppo gym":
+    if (verb := _verb(path)) == "reward":
+        raise HeelerError(f"{path} is a reward model: its folder model/ is the export; optimum makes ONNX of it")
+    if verb != "ppo gym":
         raise HeelerError(f"{path} is a language model: its folder policy/ is the export; optimum makes ONNX of it")
-    from heeler.train.control import last_update, load_actor_critic
+    from heeler.train.control import load_actor_critic
     from heeler.train.onnx import export_onnx
 
     policy, config = load_actor_critic(path)
-    if (step := last_update(path)) is not None:
-        print(f"{path} was stopped after update {step} of {config.updates}: its last checkpoint is exported")
+    _say_which_policy(path, config, "is exported")
     figures = export_onnx(policy, chosen.onnx, masked=chosen.masked)
     print(
         f"{chosen.onnx}: checked with onnxruntime on random observations, parameters differ by"

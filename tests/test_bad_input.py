@@ -397,3 +397,23 @@ def test_a_module_that_cannot_be_imported(workplace: Path) -> None:
         load_function("crooked:f")
     with pytest.raises(HeelerError, match="'needy' needs 'not_a_package', which is not installed"):
         load_function("needy:f")
+
+
+@pytest.mark.parametrize(
+    "verb, words, said",
+    [
+        ("sft", ["eval", "RUN"], "is one of heeler sft: its held-out figures are in"),
+        ("reward", ["eval", "RUN"], "is one of heeler reward: its held-out figures are in"),
+        ("reward", ["export", "RUN", "--onnx", "x.onnx"], "is a reward model: its folder model/ is the export"),
+        ("sft", ["export", "RUN", "--onnx", "x.onnx"], "is a language model: its folder policy/ is the export"),
+    ],
+)
+def test_runs_of_another_kind_are_told_as_what_they_are(
+    verb: str, words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps({"verb": verb, "config": {}, "resolved": {}}))
+    assert main([str(run) if word == "RUN" else word for word in words]) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error

@@ -114,6 +114,26 @@ def decoder_start_id(model: Any) -> int:
     )
 
 
+def most_tokens(model: Any, tokenizer: Any) -> int | None:
+    """Tokens of the longest text that a model (or None) reads, special ones included; None where nothing says.
+
+    RoBERTa and its like count positions from behind the padding's, so they read fewer tokens than they have positions.
+    """
+    from torch.nn import Embedding
+
+    limits = [tokenizer.model_max_length]
+    positions = (context_length(model) or 0) if model is not None else 0
+    if model is not None and positions > 0:  # XLNet says -1
+        of_padding = [
+            module.padding_idx
+            for name, module in model.named_modules()
+            if isinstance(module, Embedding) and "position" in name and module.num_embeddings == positions
+        ]
+        limits.append(positions - max((i + 1 for i in of_padding if i is not None), default=0))
+    limit = min(limits)
+    return int(limit) if limit < 10**9 else None  # a tokenizer that knows no limit says 10 to the 30
+
+
 def load_classifier(path: str, num_labels: int | None = None) -> Any:
     """A sequence classifier in float32, dropout off.
 

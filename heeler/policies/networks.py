@@ -148,10 +148,11 @@ def build_encoder(network: Network, observations: ObservationSpec) -> nn.Module:
             return encoder
         case MLP(hidden=hidden, activation=activation):
             if observations.images:
-                names = ", ".join(name for name, _ in observations.images)
-                raise HeelerError(
-                    f"an MLP cannot read the image {names}: add network:nature-cnn, or a network of yours"
-                )
+                names = [name for name, _ in observations.images]
+                what = "pictures"  # a single one, which has no name of its own
+                if observations.mixed:
+                    what = f"the image{'s' * (len(names) > 1)} {', '.join(names)}"
+                raise HeelerError(f"an MLP cannot read {what}: add network:nature-cnn, or a network of yours")
             return MLPEncoder(observations.vector, hidden, activation)
         case NatureCNN(features=features):
             if not observations.images:

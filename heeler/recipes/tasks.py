@@ -99,7 +99,7 @@ class Arithmetic:
         threads: CPU threads; None takes one for each core that the process may use.
     """
 
-    task: Literal["chain_sum", "gsm_symbolic", "syllogism", "aiw", "knights_knaves"] = "chain_sum"
+    task: Literal["chain_sum", "gsm_symbolic", "syllogism", "aiw", "knights_knaves"] = "aiw"
     out: str | None = None
     seed: int = 1
     examples: int | None = None

@@ -55,8 +55,7 @@ class ClassifierReward:
         self.has_probability = stored.get("kind", "labels") == "labels"
         if self.model.config.pad_token_id is None:  # a causal model looks for its last token by it
             self.model.config.pad_token_id = self.tokenizer.pad_token_id
-        limit = getattr(self.model.config, "max_position_embeddings", 512) or 512
-        self.max_length = int(min(limit, self.tokenizer.model_max_length))
+        self.max_length = loading.most_tokens(self.model, self.tokenizer) or 512
 
     @torch.no_grad()
     def logits(self, texts: Sequence[str]) -> Tensor:

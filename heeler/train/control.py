@@ -24,7 +24,7 @@ from heeler.envs.vector import EnvConfig, VectorEnvironment, make_one, make_vect
 from heeler.policies.actor_critic import ActorCritic
 from heeler.policies.distributions import Exploration, Independent, StateDependent
 from heeler.policies.fused import FlatAdam
-from heeler.policies.networks import MLP, Network
+from heeler.policies.networks import MLP, NatureCNN, Network
 from heeler.policies.steps import Observed, Segments, Steps, pick
 from heeler.ppo.advantages import AdvantageConfig
 from heeler.ppo.minibatches import budgeted_microbatches, decision_indices
@@ -38,7 +38,7 @@ from heeler.runtime.configs import from_json, to_json
 from heeler.runtime.passes import PassBudget, pass_budget
 from heeler.runtime.reduce import LocalReduce
 from heeler.runtime.runs import RunFolder, read_json, write_json
-from heeler.train.evaluate_control import GymPolicy, evaluate_policy, make_picture_env
+from heeler.train.evaluate_control import GymPolicy, evaluate_policy
 from heeler.train.ppo import Revalue, Score, TrainState
 from heeler.train.run import OnUpdate, Run, at_least, begin, default_out, new_folder, restore, resume
 from heeler.train.scoring import LOGPROB_TOLERANCE, check_paths, mean_size
@@ -65,7 +65,8 @@ class GymConfig:
         steps: environment steps of the whole run.
         updates: PPO updates; as many as `steps` needs where 0.
         num_steps: steps of each environment in one update.
-        network: what turns observations into features.
+        network: what turns observations into features; the Nature CNN in place of the default MLP where an
+            environment shows nothing but pictures.
         memory: size of an LSTM behind the network; 0 for none.
         shared: actor and critic share the network.
         log_std: initial log standard deviation of continuous actions; of each weight of the noise where it depends on
@@ -87,7 +88,7 @@ class GymConfig:
         threads: CPU threads of torch; None takes one for vectors, one for each core for images.
         precision: of networks that read images: fp32, bf16 (weights in fp32 under autocast), or "auto", which measures
             on a CPU and takes fp32 elsewhere. Vectors are computed in fp32.
-        checkpoint_every: updates between checkpoints.
+        checkpoint_every: updates between checkpoints; one is saved too where the last is a minute old.
     """
 
     env: EnvConfig
@@ -162,6 +163,7 @@ class GymRun(Run):
     """A run in an environment: everything that training, evaluation and export share."""
 
     verb = "ppo gym"
+    seconds_between_saves = 60.0  # updates of environments may be many in a second, or one in minutes
 
     config: GymConfig
     policy: ActorCritic
@@ -334,16 +336,69 @@ def score_segments(
     return old, values, after
 
 
-def build_gym_run(config: GymConfig) -> GymRun:
-    """Make the environments and the policy; nothing is written yet."""
-    least: dict[str, tuple[float, float]] = {
+LARGEST_SEED = 2**31 - 2**16  # ale-py and EnvPool take 31 bits, and each environment has a seed of its own
+
+
+def at_most(limits: Mapping[str, tuple[float, float]]) -> None:
+    """Raise a sentence where an option, by its name on the command line, is more than its largest value."""
+    for name, (value, most) in limits.items():
+        if not value <= most:
+            raise HeelerError(f"{name} must be at most {most}, not {value}")
+
+
+def check_numbers(config: GymConfig) -> None:
+    """Refuse what no run can be made of, by the option's name on the command line."""
+    ppo, advantage = config.ppo, config.advantage
+    least: dict[str, tuple[float | None, float]] = {  # None: the option was not given
         "--env.num-envs": (config.env.num_envs, 1), "--num-steps": (config.num_steps, 2), "--steps": (config.steps, 1),
-        "--checkpoint-every": (config.checkpoint_every, 1), "--ppo.minibatches": (config.ppo.minibatches, 1),
-        "--eval-episodes": (config.eval_episodes, 0), "--memory": (config.memory, 0),
+        "--updates": (config.updates, 0), "--seed": (config.seed, 0), "--threads": (config.threads, 1),
+        "--checkpoint-every": (config.checkpoint_every, 1), "--memory": (config.memory, 0),
+        "--eval-episodes": (config.eval_episodes, 0), "--eval-every": (config.eval_every, 0),
+        "--lr": (config.lr, 0), "--adam-eps": (config.adam_eps, 0),
+        "--advantage.gamma": (advantage.gamma, 0), "--advantage.lam": (advantage.lam, 0),
+        "--advantage.value-lam": (advantage.value_lam, 0),
+        "--ppo.epochs": (ppo.epochs, 1), "--ppo.minibatches": (ppo.minibatches, 1),
+        "--ppo.clip-range": (ppo.clip_range, 0), "--ppo.clip-range-high": (ppo.clip_range_high, 0),
+        "--ppo.value-clip": (ppo.value_clip, 0), "--ppo.max-grad-norm": (ppo.max_grad_norm, 0),
+        "--ppo.token-budget": (ppo.token_budget, 1),
     }  # fmt: skip
     if isinstance(config.exploration, StateDependent):
         least["--exploration.every"] = (config.exploration.every, 0)
-    at_least(least)
+    if isinstance(config.network, MLP):
+        least["--network.hidden"] = (min(config.network.hidden, default=None), 1)
+    if isinstance(config.network, NatureCNN):
+        least["--network.features"] = (config.network.features, 1)
+    most: dict[str, tuple[float | None, float]] = {
+        "--seed": (config.seed, LARGEST_SEED), "--advantage.gamma": (advantage.gamma, 1),
+        "--advantage.lam": (advantage.lam, 1), "--advantage.value-lam": (advantage.value_lam, 1),
+    }  # fmt: skip
+    at_least({name: (value, limit) for name, (value, limit) in least.items() if value is not None})
+    at_most({name: (value, limit) for name, (value, limit) in most.items() if value is not None})
+
+
+def check_json(config: GymConfig) -> None:
+    """Refuse settings that config.json cannot keep, for instance an array among the environment's arguments."""
+
+    def check(value: Any, name: str) -> None:
+        if isinstance(value, dict):
+            for key, part in value.items():
+                check(part, f"{name}.{key}" if name else key)
+        elif isinstance(value, list):
+            for i, part in enumerate(value):
+                check(part, f"{name}[{i}]")
+        elif not isinstance(value, (str, int, float, type(None))):
+            raise HeelerError(
+                f"{name} is of type {type(value).__name__}, which config.json cannot keep: give a string, a number, a"
+                " boolean, None, or a list or dict of these"
+            )
+
+    check(to_json(config), "")
+
+
+def build_gym_run(config: GymConfig) -> GymRun:
+    """Make the environments and the policy; nothing is written yet."""
+    check_json(config)
+    check_numbers(config)
     if config.ppo.shuffle == "prompts":
         raise HeelerError("--ppo.shuffle prompts is for language models: environments have no prompts")
     machine.keep_freed_memory()
@@ -352,6 +407,10 @@ def build_gym_run(config: GymConfig) -> GymRun:
         config = replace(config, updates=max(1, math.ceil(config.steps / (config.env.num_envs * config.num_steps))))
     config = replace(config, steps=config.updates * config.env.num_envs * config.num_steps)
     env = make_vector(config.env, config.seed)
+    chosen: list[str] = []
+    if config.network == MLP() and env.observations.images and not env.observations.vector:
+        config = replace(config, network=NatureCNN())
+        chosen.append(f"{config.env.id} shows nothing but pictures: they are read by the Nature CNN, not by an MLP")
     small = not env.observations.images
     machine.set_threads(config.threads or (1 if small else None))
     try:
@@ -382,6 +441,7 @@ def build_gym_run(config: GymConfig) -> GymRun:
         f" {_describe_observations(env)}, actions {env.actions.kind} {env.actions.sizes}",
         f"{device}, {machine.say_threads()}, {why}{sum(p.numel() for p in parameters):,} weights;"
         f" {config.updates} updates of {config.env.num_envs} x {config.num_steps} steps",
+        *chosen,
     ]
     return GymRun(
         config=config, policy=policy, env=env, collecting=collecting, scaler=scaler, state=state, notes=notes,
@@ -425,7 +485,8 @@ def new_actor_critic(
 
 def _describe_observations(env: VectorEnvironment) -> str:
     parts = [f"vector of {env.observations.vector}"] if env.observations.vector else []
-    parts += [f"image {name} {shape}" for name, shape in env.observations.images]
+    named = env.observations.mixed  # a picture alone has no name of its own
+    parts += [f"image {name} {shape}" if named else f"image {shape}" for name, shape in env.observations.images]
     return " and ".join(parts)
 
 
@@ -444,6 +505,10 @@ def train_gym(
         extra: written into summary.json as it is.
         show: print progress.
     """
+    if not isinstance(config.env.id, str):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise HeelerError(
+            f"EnvConfig.id must be a string, not {config.env.id!r}: give a Gymnasium id, or 'module:Name' of a class"
+        )
     name = config.env.id.rpartition("/")[2].rpartition(":")[2].lower()
     with new_folder(config.out or default_out(name)) as folder:
         run = build_gym_run(config)
@@ -547,7 +612,11 @@ def load_policy(path: str | Path, *, deterministic: bool = True, seed: int = 0) 
         seed: of the draws.
     """
     policy, config = load_actor_critic(path)
-    env = make_picture_env(config.env) if isinstance(config.env.backend, AtariBackend) else make_one(config.env)
-    space = env.observation_space
+    if isinstance(config.env.backend, AtariBackend):
+        env = make_vector(replace(config.env, num_envs=1), config.seed)
+        space = env.space
+    else:
+        env = make_one(config.env)
+        space = env.observation_space
     env.close()
     return GymPolicy(policy, space, deterministic=deterministic, seed=seed, name=config.env.id)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,12 @@ from heeler.runtime.progress import progress, say
 from heeler.types import HeelerError
 
 MAX_DECISIONS = 27_000  # of one episode in an evaluation: the Atari limit of 108,000 frames
+FILMS = (".mp4", ".gif", ".mkv", ".mov", ".avi")
+ATARI_FPS = 60
+ATARI_KWARGS = (  # of ale-py's AtariVectorEnv that films follow; they are gray, and whole games, in any case
+    "img_height", "img_width", "grayscale", "maxpool", "use_fire_reset", "max_num_frames_per_episode", "life_loss_info",
+    "thread_affinity_offset",
+)  # fmt: skip
 
 
 def evaluate_policy(
@@ -179,39 +186,114 @@ class GymPolicy:
         return int(action) if spec.kind == "discrete" else action
 
 
-def record_video(policy: GymPolicy, config: EnvConfig, path: str | Path, *, seed: int, max_steps: int = 10_000) -> int:
-    """Film one episode; returns its number of frames."""
-    require("imageio", "video")
-    import imageio
-
-    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws into memory and needs no display
-    if "DISPLAY" not in os.environ:
-        os.environ.setdefault("MUJOCO_GL", "egl")
-
-    env = make_picture_env(config)
-    fps = int(env.metadata.get("render_fps", 30))
+def check_writable(path: str | Path) -> None:
+    """Say in one sentence where a file cannot be written, before the work for it is done."""
+    path = Path(path)
     try:
-        policy.reset()
-        observation, info = env.reset(seed=seed)
-        frames = [env.render()]
-        for _ in range(max_steps):
-            action = policy.predict(observation, mask=info.get(MASK_KEY))
-            observation, _, terminated, truncated, info = env.step(action)
-            frames.append(env.render())
-            if terminated or truncated:
-                break
+        existed = path.exists()
+        with path.open("ab"):
+            pass
+        if not existed:
+            path.unlink()
+    except OSError as error:
+        raise HeelerError(f"cannot write {path}: {error.strerror}; choose another file") from error
+
+
+def check_film(config: EnvConfig, path: str | Path) -> None:
+    """Say in one sentence why `record_video` would fail at its start, where it would."""
+    _check_film_file(path)
+    env, _ = _picture_env(config)
+    try:
+        env.reset(seed=0)
+        _picture(env, config.id)
     except HeelerError:
         raise
     except Exception as error:
-        raise HeelerError(f"{config.id} cannot be filmed: {type(error).__name__}: {error}") from error
+        raise _not_filmed(config, error) from error
     finally:
         env.close()
+
+
+def record_video(policy: GymPolicy, config: EnvConfig, path: str | Path, *, seed: int, max_steps: int = 10_000) -> int:
+    """Film one episode; returns its number of frames."""
+    _check_film_file(path)
+    import imageio
+
+    env, fps = _picture_env(config)
+    if Path(path).suffix.lower() == ".gif":  # whole hundredths of a second; viewers slow down below two
+        pace: dict[str, Any] = {"duration": 10 * max(2, round(100 / fps)), "loop": 0}
+    else:
+        pace = {"fps": fps, "macro_block_size": 2}
     try:
-        pace: dict[str, Any] = {"duration": 1000 / fps, "loop": 0} if str(path).endswith(".gif") else {"fps": fps}
-        imageio.mimwrite(path, frames, **pace)  # pyright: ignore
+        with ExitStack() as stack:
+            stack.callback(env.close)
+            policy.reset()
+            observation, info = env.reset(seed=seed)
+            picture = _picture(env, config.id)
+            writer: Any = stack.enter_context(imageio.get_writer(path, **pace))
+            writer.append_data(_even(picture))
+            frames = 1
+            while frames <= max_steps:
+                action = policy.predict(observation, mask=info.get(MASK_KEY))
+                observation, _, terminated, truncated, info = env.step(action)
+                writer.append_data(_even(_picture(env, config.id)))
+                frames += 1
+                if terminated or truncated:
+                    break
+            return frames
+    except HeelerError:
+        raise
     except Exception as error:
-        raise HeelerError(f"cannot write the video {path}: {error}") from error
-    return len(frames)
+        raise _not_filmed(config, error) from error
+
+
+def _not_filmed(config: EnvConfig, error: Exception) -> HeelerError:
+    return HeelerError(f"{config.id} cannot be filmed: {type(error).__name__}: {error}")
+
+
+def _check_film_file(path: str | Path) -> None:
+    require("imageio", "video")
+    path = Path(path)
+    if path.suffix.lower() not in FILMS:
+        raise HeelerError(f"{path} is no name of a film: let it end with {', '.join(FILMS)}")
+    check_writable(path)
+
+
+def _picture_env(config: EnvConfig) -> tuple[Any, float]:
+    """The environment of a film, and how many of its pictures make a second."""
+    os.environ.setdefault("SDL_VIDEODRIVER", "dummy")  # pygame draws into memory and needs no display
+    if "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")
+    try:
+        env = make_picture_env(config)
+    except HeelerError as error:
+        if "render_mode" not in str(error):
+            raise
+        raise HeelerError(
+            f"{config.id} cannot be filmed, as it takes no render_mode: give its __init__ an argument render_mode, and"
+            " let render() return a picture where that is 'rgb_array'"
+        ) from error
+    if isinstance(config.backend, Atari):
+        return env, ATARI_FPS / config.backend.frameskip
+    return env, float(env.metadata.get("render_fps") or 30)
+
+
+def _picture(env: Any, id: str) -> np.ndarray[Any, Any]:
+    """What `render` shows, `[H, W, 3]` of bytes."""
+    picture = env.render()
+    if isinstance(picture, np.ndarray) and picture.dtype == np.uint8 and picture.ndim == 3 and picture.shape[2] == 3:
+        return picture
+    shown = f"an array {picture.dtype} {picture.shape}" if isinstance(picture, np.ndarray) else type(picture).__name__
+    raise HeelerError(
+        f"{id} cannot be filmed, as its render() returned {'None' if picture is None else shown}: let it return a"
+        " picture [height, width, 3] of uint8 where render_mode is 'rgb_array'"
+    )
+
+
+def _even(picture: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """With its last row and column twice where their number is odd: films in most formats have even sides."""
+    height, width, _ = picture.shape
+    return np.pad(picture, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
 
 def make_picture_env(config: EnvConfig) -> Any:
@@ -219,16 +301,43 @@ def make_picture_env(config: EnvConfig) -> Any:
     backend = config.backend
     if not isinstance(backend, Atari):
         return make_one(config, render_mode="rgb_array")
+    given = dict(config.kwargs)
+    unknown = [name for name in given if name not in ATARI_KWARGS]
+    if unknown:
+        raise HeelerError(
+            f"{config.id} cannot be filmed with {', '.join(unknown)}: films of Atari games follow only"
+            f" {', '.join(ATARI_KWARGS)} of --env-kwargs"
+        )
     from gymnasium.wrappers import AtariPreprocessing, FrameStackObservation
+
+    class Preprocessing(AtariPreprocessing):
+        """Gymnasium's, which has neither ale-py's FIRE after a reset nor its `maxpool=False`."""
+
+        def reset(self, **options: Any) -> Any:
+            observation, info = super().reset(**options)
+            meanings = self.env.unwrapped.get_action_meanings()  # pyright: ignore
+            if not given.get("use_fire_reset", True) or "FIRE" not in meanings:
+                return observation, info
+            self.env.step(meanings.index("FIRE"))
+            self.ale.getScreenGrayscale(self.obs_buffer[0])
+            self.obs_buffer[1].fill(0)
+            return self._get_obs(), info
+
+        def _get_obs(self) -> Any:
+            if not given.get("maxpool", True):
+                self.obs_buffer[1].fill(0)
+            return super()._get_obs()
 
     game = config.id if config.id.startswith("ALE/") else f"ALE/{config.id}-v5"
     kwargs = {
         "frameskip": 1, "repeat_action_probability": backend.sticky_actions,
         "full_action_space": backend.full_action_space,
     }  # fmt: skip
+    kwargs |= {name: given[name] for name in given if name == "max_num_frames_per_episode"}
     env = make_one(EnvConfig(id=game, kwargs=kwargs), render_mode="rgb_array")
-    env = AtariPreprocessing(env, noop_max=backend.noop_max, frame_skip=backend.frameskip)
-    return FrameStackObservation(env, backend.stack)
+    size = given.get("img_width", 84), given.get("img_height", 84)
+    env = Preprocessing(env, noop_max=backend.noop_max, frame_skip=backend.frameskip, screen_size=size)
+    return FrameStackObservation(env, backend.stack, padding_type="zero")
 
 
 def print_gym_report(run: Any) -> None:

@@ -15,22 +15,22 @@ from torch import Tensor, nn
 from heeler.policies.actor_critic import ActorCritic
 from heeler.policies.distributions import FORBIDDEN
 from heeler.runtime.packages import require
+from heeler.train.evaluate_control import check_writable
 from heeler.types import HeelerError
 
 
 class _Deployed(nn.Module):
     """Raw observations (and masks, and memory) to the most likely action, its parameters and the value."""
 
-    def __init__(self, policy: ActorCritic) -> None:
+    def __init__(self, policy: ActorCritic, masked: bool) -> None:
         super().__init__()
-        self.policy = policy
-        self.names = input_names(policy)
+        self.policy, self.masked = policy, masked
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        policy = self.policy
-        given = dict(zip(self.names, inputs, strict=True))
-        masks, states = given.pop("mask", None), given.pop("state", None)
-        observations: Any = given if policy.observations.mixed else next(iter(given.values()))
+        policy, given = self.policy, list(inputs)
+        states = given.pop() if policy.recurrent else None
+        masks = given.pop() if self.masked else None
+        observations: Any = dict(zip(_parts(policy), given, strict=True)) if policy.observations.mixed else given[0]
         parameters, values, states = policy.parameters_and_values(policy.normalize(observations), 1, states)
         spec = policy.actions
         if spec.kind == "box":
@@ -48,13 +48,29 @@ class _Deployed(nn.Module):
         return (action, parameters, values) if states is None else (action, parameters, values, states)
 
 
-def input_names(policy: ActorCritic, masked: bool = False) -> list[str]:
+def _parts(policy: ActorCritic) -> list[str]:
+    """Names of what the policy looks at, in the order of the file's inputs."""
     spec = policy.observations
-    if spec.mixed:
-        names = (["vector"] if spec.vector else []) + [name for name, _ in spec.images]
-    else:
-        names = ["observation"]
-    return [*names, *(["mask"] if masked else []), *(["state"] if policy.recurrent else [])]
+    if not spec.mixed:
+        return ["observation"]
+    return (["vector"] if spec.vector else []) + [name for name, _ in spec.images]
+
+
+def output_names(policy: ActorCritic) -> list[str]:
+    return ["action", "parameters", "value", *(["next_state"] if policy.recurrent else [])]
+
+
+def input_names(policy: ActorCritic, masked: bool = False) -> list[str]:
+    """Names of the file's inputs: a picture whose name the file needs itself is `observation_NAME`."""
+    parts, others = _parts(policy), [*(["mask"] if masked else []), *(["state"] if policy.recurrent else [])]
+    taken = {*others, *output_names(policy)}
+    names: list[str] = []
+    for part in parts:
+        name = part
+        while name in taken or (name != part and name in parts):
+            name = f"observation_{name}"
+        names.append(name)
+    return [*names, *others]
 
 
 def example_inputs(policy: ActorCritic, masked: bool, rows: int, seed: int) -> list[Tensor]:
@@ -89,21 +105,21 @@ def export_onnx(policy: ActorCritic, path: str | Path, *, masked: bool = False) 
         The largest difference of the distribution parameters and of the values, and the share of equal actions.
 
     Raises:
-        HeelerError: the file does not compute what the policy does.
+        HeelerError: the file cannot be written, or does not compute what the policy does.
     """
     if masked and not policy.actions.mask_size:
         raise HeelerError("only Discrete and MultiDiscrete actions can be masked: leave --masked out")
     if not Path(path).absolute().parent.is_dir():
         raise HeelerError(f"there is no folder {Path(path).absolute().parent} for the ONNX file")
+    check_writable(path)
     for package in ("onnx", "onnxscript", "onnxruntime"):
         require(package, "onnx")
     import onnxruntime
 
     policy = copy.deepcopy(policy)
     policy.precision = "fp32"
-    module = _Deployed(policy).eval()
-    module.names = input_names(policy, masked)
-    outputs = ["action", "parameters", "value", *(["next_state"] if policy.recurrent else [])]
+    module = _Deployed(policy, masked).eval()
+    names, outputs = input_names(policy, masked), output_names(policy)
     example = tuple(example_inputs(policy, masked, 2, 0))
     batch = torch.export.Dim("batch")
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -113,7 +129,7 @@ def export_onnx(policy: ActorCritic, path: str | Path, *, masked: bool = False) 
             module,
             example,
             str(path),
-            input_names=module.names,
+            input_names=names,
             output_names=outputs,
             dynamic_shapes=(tuple({0: batch} for _ in example),),  # forward takes *inputs
             dynamo=True,
@@ -124,7 +140,7 @@ def export_onnx(policy: ActorCritic, path: str | Path, *, masked: bool = False) 
     inputs = example_inputs(policy, masked, 64, 1)
     with torch.inference_mode():
         expected = [x.numpy() for x in module(*inputs)]
-    said: Any = session.run(outputs, {n: x.numpy() for n, x in zip(module.names, inputs, strict=True)})
+    said: Any = session.run(outputs, {n: x.numpy() for n, x in zip(names, inputs, strict=True)})
     figures = {
         "parameters": float(np.abs(said[1] - expected[1]).max()),
         "values": float(np.abs(said[2] - expected[2]).max()),

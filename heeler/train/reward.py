@@ -115,30 +115,17 @@ def check_numbers(config: RewardConfig) -> None:
 
 
 def most_tokens(path: str, tokenizer: Any) -> int | None:
-    """Tokens of the longest text that the model at `path` reads, special ones included; None where nothing says.
-
-    RoBERTa and its like count positions from behind the padding's, so they read fewer tokens than they have positions.
-    """
+    """`loading.most_tokens` of the model at `path`, whose weights are not read for it."""
     require("transformers", "lm")
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    limits = [tokenizer.model_max_length]
     try:
         config = AutoConfig.from_pretrained(loading.model_folder(path))
         with torch.device("meta"):  # no weights
-            model: Any = AutoModelForSequenceClassification.from_config(config)
-        positions = loading.context_length(model) or 0
+            model = AutoModelForSequenceClassification.from_config(config)
     except (OSError, ValueError, RuntimeError):
-        model, positions = torch.nn.Module(), 0  # what cannot be loaded is refused in words where it is loaded
-    if positions > 0:  # XLNet says -1
-        of_padding = [
-            module.padding_idx
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Embedding) and "position" in name and module.num_embeddings == positions
-        ]
-        limits.append(positions - max((i + 1 for i in of_padding if i is not None), default=0))
-    limit = min(limits)
-    return int(limit) if limit < 10**9 else None  # a tokenizer that knows no limit says 10 to the 30
+        return loading.most_tokens(None, tokenizer)  # what cannot be loaded is refused in words where it is loaded
+    return loading.most_tokens(model, tokenizer)
 
 
 class _Tokenized:

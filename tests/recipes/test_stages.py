@@ -44,7 +44,9 @@ def tiny_smollm2(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 def test_the_stages_chain_and_are_not_repeated(
     tiny_smollm2: str, tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recipe = tasks.Arithmetic(out=str(tmp_path / "run"), examples=64, updates=1, eval_prompts=16, threads=1)
+    recipe = tasks.Arithmetic(
+        task="chain_sum", out=str(tmp_path / "run"), examples=64, updates=1, eval_prompts=16, threads=1
+    )
     out = tasks.run_arithmetic(recipe)
     summary = json.loads((out / "summary.json").read_text())
     assert list(summary["stages"]) == ["base", "SFT", "SFT+PPO"]
@@ -76,7 +78,9 @@ def test_the_stages_chain_and_are_not_repeated(
 
 
 def test_an_interrupted_stage_goes_on(tiny_smollm2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = tasks.Arithmetic(out=str(tmp_path / "parts"), examples=32, updates=1, eval_prompts=8, threads=1)
+    recipe = tasks.Arithmetic(
+        task="chain_sum", out=str(tmp_path / "parts"), examples=32, updates=1, eval_prompts=8, threads=1
+    )
     whole = tasks.run_arithmetic(replace(recipe, out=str(tmp_path / "whole")))
 
     def interrupt(config: TextConfig, **kwargs: Any) -> Any:

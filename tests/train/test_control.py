@@ -42,7 +42,6 @@ from heeler.train.control import (
     resume_gym,
     train_gym,
 )
-from heeler.train.evaluate_control import record_video
 from heeler.train.onnx import export_onnx
 from heeler.types import HeelerError
 
@@ -726,16 +725,6 @@ def test_the_command_line_end_to_end(tmp_path, capsys):
     assert json.loads((tmp_path / "run" / "eval.json").read_text())["episodes"] == 2
     assert main(["export", out, "--onnx", str(tmp_path / "policy.onnx")]) == 0
     assert "100% of the actions are equal" in capsys.readouterr().out
-
-
-def test_a_film_has_a_picture_for_every_step(tmp_path):
-    imageio = pytest.importorskip("imageio.v3")
-    run = train("CartPole-v1", tmp_path, updates=1)
-    film = tmp_path / "film.mp4"
-    frames = record_video(load_policy(tmp_path / "run"), run.config.env, film, seed=3)
-    pictures = imageio.imread(film, plugin="FFMPEG")
-    assert len(pictures) == frames > 5 and pictures.shape[3] == 3
-    assert pictures.std() > 5 and (pictures[0] != pictures[-1]).any()  # something is drawn, and it moves
 
 
 def test_a_run_whose_seed_grew_large_still_resumes(tmp_path):

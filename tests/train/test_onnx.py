@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium import spaces
 
 from heeler.cli import main
 from heeler.envs.vector import EnvConfig, make_one
-from heeler.policies.networks import MLP
+from heeler.policies.networks import MLP, NatureCNN
 from heeler.ppo.update import PPOConfig
 from heeler.train.control import GymConfig, load_policy, train_gym
 
@@ -95,3 +97,62 @@ def test_only_discrete_choices_get_a_mask(tmp_path, capsys):
     assert main(["export", str(tmp_path / "run"), "--onnx", str(tmp_path / "policy.onnx"), "--masked"]) == 2
     assert "heeler: only Discrete and MultiDiscrete actions can be masked" in capsys.readouterr().err
     assert not (tmp_path / "policy.onnx").exists()
+
+
+class Named(gym.Env):
+    """Pictures whose names the file needs for other inputs and outputs; with a mask in info."""
+
+    action_space = spaces.Discrete(3)
+    names = ("mask", "state", "observation_mask", "action", "value", "front camera")
+
+    def __init__(self) -> None:
+        self.observation_space = spaces.Dict({name: spaces.Box(0, 255, (36, 36, 1), np.uint8) for name in self.names})
+
+    def _show(self):
+        self.t += 1
+        return self.observation_space.sample(), {"action_mask": np.array([1, 0, 1], bool)}
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.observation_space.seed(seed)
+        self.t = 0
+        return self._show()
+
+    def step(self, action):
+        observation, info = self._show()
+        return observation, 1.0, False, self.t >= 5, info
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("memory", [0, 4])
+def test_a_picture_may_have_a_name_that_the_file_needs(memory, masked, tmp_path):
+    train(tmp_path, "tests.train.test_onnx:Named", memory=memory, num_steps=4, updates=1, network=NatureCNN(features=8))
+    policy = decide(tmp_path, 100.0)
+    session = exported(tmp_path, *(["--masked"] if masked else []))
+    space = policy.space
+    space.seed(0)
+    rows = [space.sample() for _ in range(20)]
+    mask = np.random.default_rng(0).random((len(rows), 3)) < 0.5
+    mask[:, 0] |= ~mask.any(1)
+    feed = {name: np.stack([row[name] for row in rows]).transpose(0, 3, 1, 2) for name in Named.names}
+    feed["observation_action"], feed["observation_value"] = feed.pop("action"), feed.pop("value")
+    if masked:
+        feed["observation_observation_mask"], feed["mask"] = feed.pop("mask"), mask
+    if memory:
+        feed["observation_state"] = feed.pop("state")
+        feed["state"] = np.zeros((len(rows), policy.actor_critic.state_size), np.float32)
+    assert {put.name for put in session.get_inputs()} == {*feed}
+    actions = session.run(["action"], feed)[0]
+    expected = []
+    for row, allowed in zip(rows, mask, strict=True):
+        policy.reset()
+        expected.append(policy.predict(row, mask=allowed if masked else None))
+    np.testing.assert_array_equal(actions, expected)
+
+
+@pytest.mark.parametrize("where", [".", 300 * "x" + ".onnx"], ids=["folder", "long"])
+def test_a_file_that_cannot_be_written_is_told_in_a_sentence(where, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    train(tmp_path, "CartPole-v1", updates=1)
+    assert main(["export", str(tmp_path / "run"), "--onnx", where]) == 2
+    assert capsys.readouterr().err.startswith(f"heeler: cannot write {where}: ")

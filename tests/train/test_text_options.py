@@ -155,9 +155,7 @@ def test_a_special_token_is_a_stop_string_by_its_id(tiny_llama: str, engine: Any
     assert list(ended.tokens) == list(free.tokens[:5])
     assert (ended.finish_reason, ended.stop_string) == ("stop", text)
     assert decode(tokenizer, ended) == tokenizer.decode(free.tokens[:4])
-    with pytest.raises(
-        HeelerError, match=r"the special token .* and more: .* would never be found; give .* alone"
-    ):
+    with pytest.raises(HeelerError, match=r"the special token .* and more: .* would never be found; give .* alone"):
         StopStrings(tokenizer, [text + "!"])
 
 
