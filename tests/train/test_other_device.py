@@ -156,7 +156,15 @@ def test_environments(id: str, changes: dict[str, Any], tmp_path: Path) -> None:
     def train(device: str, out: Path) -> Any:
         env = EnvConfig(id=id, num_envs=2, kwargs=kwargs)
         config = GymConfig(
-            env=env, out=str(out), updates=3, num_steps=8, eval_episodes=2, threads=1, device=device, **changes
+            env=env,
+            out=str(out),
+            updates=3,
+            num_steps=8,
+            eval_episodes=2,
+            threads=1,
+            device=device,
+            precision="fp32",
+            **changes,
         )
         return train_gym(config, show=False)
 
