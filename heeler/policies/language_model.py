@@ -91,14 +91,20 @@ class SeparateCritic:
     model: str = "policy"
 
 
+CRITIC_START = 0.1  # of a critic's last layer: values are small beside rewards, and its body has a gradient
+
 Trainable = Full | TopLayers | LoRA
 Critic = ValueHead | SeparateCritic
 
 
-def value_network(hidden_size: int) -> nn.Module:
-    """Hidden states `[..., hidden_size]` to values `[..., 1]`, 0 at first."""
+def value_network(hidden_size: int, start: float = 0.0) -> nn.Module:
+    """Hidden states `[..., hidden_size]` to values `[..., 1]`, 0 at first.
+
+    Where a critic's own layers are to learn from the values, the last one must not be 0, as no gradient would pass it:
+    `start` is its scale, in standard deviations of 1 / sqrt(hidden_size + 1).
+    """
     network = nn.Sequential(nn.Linear(hidden_size, hidden_size), nn.GELU(), nn.Linear(hidden_size, 1))
-    nn.init.zeros_(network[2].weight)  # pyright: ignore
+    nn.init.normal_(network[2].weight, std=start / math.sqrt(hidden_size + 1))  # pyright: ignore
     nn.init.zeros_(network[2].bias)  # pyright: ignore
     return network
 
@@ -328,7 +334,8 @@ class LanguageModelPolicy:
             if scores is not None:
                 self.value_network = scores
                 return
-        self.value_network = value_network(hidden_size).to(self.device)
+        start = CRITIC_START if isinstance(critic, SeparateCritic) else 0.0
+        self.value_network = value_network(hidden_size, start).to(self.device)
 
     def _foreign_critic(self, path: str) -> tuple[Any, nn.Linear | None]:
         """The layers of another model, and the head of its score where it is a reward model with one."""

@@ -153,6 +153,18 @@ def test_values_start_at_zero(tiny_llama: str) -> None:
         assert float(policy.evaluate(sequences()).values.abs().max()) == 0.0
 
 
+@pytest.mark.parametrize("trainable", [Full(), TopLayers(layers=1)])
+def test_a_critics_own_layers_learn_from_the_first_step_on(tiny_llama: str, trainable: Any) -> None:
+    """Through a last layer of zeros nothing would reach them: at a small rate a critic would stay blind for long."""
+    policy = LanguageModelPolicy(load_causal_lm(tiny_llama), trainable=trainable, critic=SeparateCritic())
+    values = policy.evaluate(sequences()).values
+    assert 0 < float(values.detach().abs().max()) < 0.5  # small beside rewards
+    values.sum().backward()
+    assert policy.critic_body is not None
+    learning = [p for p in policy.critic_body.parameters() if p.requires_grad]
+    assert learning and any(p.grad is not None and float(p.grad.abs().max()) > 1e-4 for p in learning)
+
+
 def test_value_after_the_last_token(tiny_llama: str) -> None:
     """It is the value that the sequence would have before one more decision."""
     policy = LanguageModelPolicy(load_causal_lm(tiny_llama), trainable=TopLayers(layers=1), critic=ValueHead())
