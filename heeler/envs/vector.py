@@ -17,7 +17,7 @@ import re
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.util import find_spec
@@ -298,6 +298,8 @@ def _make_in_worker(config: EnvConfig) -> Any:
     if multiprocessing.parent_process() is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     env = make_one(config)
+    if not config.wrappers and type(env.unwrapped).__module__.startswith("gymnasium.envs."):
+        return env  # Gymnasium's own make a new array in each step
     step = env.step
 
     def keep_final(action: Any) -> Any:
@@ -353,6 +355,21 @@ def _make_atari(config: EnvConfig, backend: Atari) -> Any:
     )
 
 
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Without what Gymnasium announces of a worker's error before it raises it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+_NOTHING: nullcontext[None] = nullcontext()  # made once: steps of small environments take microseconds
+
+
+def _as_it_is() -> nullcontext[None]:
+    return _NOTHING
+
+
 class VectorEnvironment:
     """A vector environment as the collector uses it.
 
@@ -379,6 +396,7 @@ class VectorEnvironment:
         self._over = np.zeros(self.num_envs, dtype=bool)
         self._lives: Array | None = None
         self._steps = 0
+        self._quietly = _without_warnings if isinstance(config.backend, Async) else _as_it_is
 
     def reset(self, seed: int | None) -> tuple[Observations, Array | None]:
         """Start an episode in every environment; observations and masks."""
@@ -431,16 +449,6 @@ class VectorEnvironment:
             self.reader.read(observations), np.asarray(rewards, dtype=np.float64), terminated, truncated,
             lost_life, dummies, final, masks,
         )  # fmt: skip
-
-    @contextmanager
-    def _quietly(self) -> Iterator[None]:
-        """Without what Gymnasium announces of a worker's error before it raises it."""
-        if not isinstance(self.config.backend, Async):
-            yield
-            return
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
 
     def _final(self, info: Mapping[str, Any], indices: Array) -> Observations:
         """The last observations of the episodes that ended: Gymnasium gives one object each, ale-py a dense array."""
