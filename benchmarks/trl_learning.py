@@ -133,6 +133,7 @@ def picture(runs: list[dict[str, Any]]) -> None:
         name = SYSTEMS[run["system"]] if run["seed"] == min(r["seed"] for r in runs) else None
         axis.plot(range(1, run["updates"] + 1), run["probability"], color=colours[run["system"]], label=name, alpha=0.8)
     axis.set(xlabel="PPO update", ylabel="reward: probability of positive")
+    axis.xaxis.get_major_locator().set_params(integer=True)
     axis.grid(alpha=0.3)
     axis.legend()
     figure.savefig(PICTURE, dpi=120)
