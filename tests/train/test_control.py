@@ -21,7 +21,7 @@ import torch
 
 import heeler
 from heeler.cli import main
-from heeler.envs.vector import Async, Atari, EnvConfig, EnvPool, Sync, make_one, make_vector
+from heeler.envs.vector import Async, Atari, EnvConfig, EnvPool, Sync, Vectorized, make_one, make_vector
 from heeler.policies.distributions import StateDependent
 from heeler.policies.networks import MLP, Custom, NatureCNN
 from heeler.ppo.advantages import AdvantageConfig, estimate_advantages
@@ -316,6 +316,13 @@ def lines(run):
         ("Pendulum-v1", {"normalize_observations": True, "scale_rewards": True}),
         ("CartPole-v1", {"memory": 8}),
         ("tests.toy_envs:Identity", {}),
+        ("CartPole-v1", {"backend": Vectorized()}),
+        ("CartPole-v1", {"backend": EnvPool(threads=1)}),
+        ("tests.toy_envs:Masked", {"backend": Async(), "num_envs": 2}),
+        (
+            "tests.toy_envs:Pictures",
+            {"kwargs": {"vector": False}, "network": NatureCNN(features=8), "shared": True, "precision": "bf16"},
+        ),
     ],
 )
 def test_the_same_seed_gives_the_same_numbers(id, changes, tmp_path):
