@@ -481,7 +481,7 @@ def train_reward_model(
     check_numbers(config)
     machine.keep_freed_memory()
     torch.manual_seed(config.seed)
-    # the machine's part of the config may change between two sessions, the training not
+    # the machine's part of the config may change before a run is resumed, the training not
     identity = to_json(replace(config, device="auto", threads=None, precision="auto", token_budget=None))
     identity |= {"number of items": len(train), "data": train.digest()}
     state = _kept_state(kept_training(out), identity)
