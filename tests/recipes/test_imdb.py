@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from heeler.ppo.kl import FixedKL
 from heeler.recipes import imdb
 from heeler.runtime import machine
 
@@ -27,12 +28,22 @@ def test_faster_machines_do_more(rate: dict[str, float], monkeypatch: pytest.Mon
     monkeypatch.setattr(imdb, "write_prompts", lambda *_: "prompts.jsonl")
     chosen: list[tuple[int, int, float]] = []
     for rate["rate"] in (150e9, 400e9, 2000e9):
-        config = imdb.text_config(imdb.IMDB(), Path("model"), Path("reward"), "out")
+        config = imdb.text_config(imdb.IMDB(), Path("model"), Path("reward"), "out", 400_000)
         chosen.append((imdb.reward_config().tokens, config.updates, config.lr))
-        asked = imdb.text_config(imdb.IMDB(updates=7), Path("model"), Path("reward"), "out")
+        asked = imdb.text_config(imdb.IMDB(updates=7), Path("model"), Path("reward"), "out", 400_000)
         assert (asked.updates, asked.lr) == (7, 2e-4)
     tokens, updates, rates = zip(*chosen, strict=True)
     assert tokens == (400_000, 700_000, 1_200_000) and updates == (14, 24, 36) and rates == (3e-4, 2.5e-4, 2e-4)
+
+
+@pytest.mark.parametrize("tokens, coef", [(9_000_000, 0.15), (1_200_000, 0.15), (700_000, 0.12), (1000, 0.12)])
+def test_the_penalty_is_that_of_the_reward_model_and_not_of_the_machine(
+    tokens: int, coef: float, rate: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(imdb, "write_prompts", lambda *_: "prompts.jsonl")
+    for rate["rate"] in (150e9, 2000e9):
+        config = imdb.text_config(imdb.IMDB(), Path("model"), Path("reward"), "out", tokens)
+        assert config.kl == FixedKL(coef=coef)
 
 
 def test_a_cached_reward_model_is_taken(
