@@ -398,9 +398,9 @@ def _eval_gym(path: str, chosen: Eval) -> int:
     from pathlib import Path
 
     from heeler.runtime.runs import write_json
-    from heeler.train.control import LARGEST_SEED, at_most, load_actor_critic, load_policy
+    from heeler.train.control import LARGEST_SEED, load_actor_critic, load_policy
     from heeler.train.evaluate_control import check_film, evaluate_policy, record_video
-    from heeler.train.run import at_least
+    from heeler.train.run import at_least, at_most
 
     at_least({"--episodes": (chosen.episodes, 1), "--seed": (chosen.seed, 0)})
     at_most({"--seed": (chosen.seed, LARGEST_SEED)})

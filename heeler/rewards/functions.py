@@ -34,7 +34,7 @@ class FunctionReward:
     def __init__(self, function: RewardFunction, name: str) -> None:
         self.function, self.name = function, name
         self.extra = [
-            argument for argument in ("completion_ids", "truncated") if _takes(function, argument)
+            argument for argument in ("completion_ids", "truncated") if takes(function, argument)
         ]  # a function that names its columns one by one must not get more than these
         unheard: dict[str, Any] = {"trainer_state": None, "log_extra": _ignore, "log_metric": _ignore}
         named = _parameters(function)
@@ -105,7 +105,8 @@ def _parameters(function: Any) -> Mapping[str, inspect.Parameter]:
         return {}
 
 
-def _takes(function: Any, argument: str) -> bool:
+def takes(function: Any, argument: str) -> bool:
+    """Whether a function can be called with this keyword."""
     parameters = _parameters(function)
     return argument in parameters or any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
 

@@ -40,7 +40,7 @@ from heeler.runtime.reduce import LocalReduce
 from heeler.runtime.runs import RunFolder, read_json, write_json
 from heeler.train.evaluate_control import GymPolicy, evaluate_policy
 from heeler.train.ppo import Revalue, Score, TrainState
-from heeler.train.run import OnUpdate, Run, at_least, begin, default_out, new_folder, restore, resume
+from heeler.train.run import OnUpdate, Run, at_least, at_most, begin, default_out, new_folder, restore, resume
 from heeler.train.scoring import LOGPROB_TOLERANCE, check_paths, mean_size
 from heeler.types import (
     ActionSpec,
@@ -337,13 +337,6 @@ def score_segments(
 
 
 LARGEST_SEED = 2**31 - 2**16  # ale-py and EnvPool take 31 bits, and each environment has a seed of its own
-
-
-def at_most(limits: Mapping[str, tuple[float, float]]) -> None:
-    """Raise a sentence where an option, by its name on the command line, is more than its largest value."""
-    for name, (value, most) in limits.items():
-        if not value <= most:
-            raise HeelerError(f"{name} must be at most {most}, not {value}")
 
 
 def check_numbers(config: GymConfig) -> None:

@@ -121,6 +121,13 @@ def at_least(limits: Mapping[str, tuple[float, float]]) -> None:
             raise HeelerError(f"{name} must be at least {least}, not {value}")
 
 
+def at_most(limits: Mapping[str, tuple[float, float]]) -> None:
+    """Raise a sentence where an option, by its name on the command line, is more than its largest value."""
+    for name, (value, most) in limits.items():
+        if not value <= most:
+            raise HeelerError(f"{name} must be at most {most}, not {value}")
+
+
 @contextmanager
 def new_folder(path: str) -> Iterator[RunFolder]:
     """A run folder that disappears again where the run cannot be assembled."""

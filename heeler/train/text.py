@@ -7,7 +7,6 @@ print(run.sample("Once upon"))
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -28,7 +27,7 @@ from heeler.ppo.moments import RunningMoments
 from heeler.ppo.schedules import Schedule
 from heeler.ppo.shaping import ScoreShaping, Truncation
 from heeler.ppo.update import PPOConfig
-from heeler.rewards.functions import FunctionReward, RewardFunction, check_names
+from heeler.rewards.functions import FunctionReward, RewardFunction, check_names, takes
 from heeler.rewards.http import HTTPReward
 from heeler.rewards.specs import load_judges, load_reward
 from heeler.rollout.engines.batch import BatchEngine
@@ -393,7 +392,7 @@ def build_text_run(
     scorer: Reward
     if reward is None:
         scorer = load_reward(config.reward, device, precision)
-    elif not isinstance(reward, HTTPReward) and _takes_columns(reward):
+    elif takes(reward, "completions"):
         inner: Any = getattr(reward, "func", reward)  # of functools.partial
         scorer = FunctionReward(reward, getattr(inner, "__name__", type(inner).__name__))  # pyright: ignore
     else:
@@ -487,12 +486,6 @@ def build_text_run(
         config=config, tokenizer=tokenizer, policy=policy, engine=engine, reward=scorer, judges=judges,
         prompts=loaded, eval_prompts=loaded_eval, state=state, notes=notes,
     )  # fmt: skip
-
-
-def _takes_columns(reward: Any) -> bool:
-    """Whether it is called as a function of the user's is, with keywords, and not as a `Reward` with `Samples`."""
-    parameters = inspect.signature(reward).parameters.values()
-    return any(p.name in ("prompts", "completions") or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def takes_engine_logprobs(config: TextConfig, precision: str) -> bool:

@@ -44,7 +44,7 @@ class StopStrings:
 
     def hit(self, tokens: Sequence[int]) -> str | None:
         """The stop string in the last tokens, the earliest one where there are several; None where there is none."""
-        if self.special and tokens and tokens[-1] in self.special:
+        if tokens and tokens[-1] in self.special:
             return self.special[tokens[-1]]
         if not self.stop:
             return None
