@@ -25,7 +25,7 @@ from heeler.policies.checkpointing import checkpoint_layers
 from heeler.policies.inputs import PaddedRows, TokenInputs
 from heeler.policies.llama import can_write_out, run_layers
 from heeler.policies.loading import SCORE_KEY, model_folder
-from heeler.policies.logprobs import token_logprobs
+from heeler.policies.logprobs import logprobs_alone, token_logprobs
 from heeler.policies.precision import is_linear, round_linear
 from heeler.policies.quantized import numbers, quantize_linear
 from heeler.policies.splitting import full_attention, layer_list, shared_copy, split, top_parameters
@@ -442,24 +442,29 @@ class LanguageModelPolicy:
         return {"position_ids": rows.positions, "attention_mask": mask}
 
     def _logprobs(
-        self, body: Any, model: Any, rows: PaddedRows, states: Tensor | None
+        self, body: Any, model: Any, rows: PaddedRows, states: Tensor | None, alone: bool = False
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`(logprobs [n], entropy [n], hidden [B, L, H])` by one stack of layers."""
+        """`(logprobs [n], entropy [n], hidden [B, L, H])` by one stack of layers; `alone` as in `_by_head`."""
         if self._linear_head:
             hidden = self._hidden(body, rows, states)
             head = model.get_output_embeddings()
-            logprobs, entropy = token_logprobs(
-                hidden[rows.rows, rows.columns].to(head.weight.dtype),
-                head.weight,
-                rows.tokens,
-                bias=self._biased(head.bias),
-                temperature=self.temperature,
-                entropy_gradient=self.entropy_gradient,
-            )
-            return logprobs, entropy, hidden
+            chosen = hidden[rows.rows, rows.columns].to(head.weight.dtype)
+            return *self._by_head(chosen, head.weight, head.bias, rows.tokens, alone), hidden
         output = model(input_ids=rows.ids, **self._apart(model, rows), use_cache=False, output_hidden_states=True)
         logprobs, entropy = self._by_softmax(output.logits[rows.rows, rows.columns], rows.tokens)
         return logprobs, entropy, output.hidden_states[-1]
+
+    def _by_head(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, alone: bool
+    ) -> tuple[Tensor, Tensor]:
+        """`(logprobs [n], entropy [n])` from `hidden [n, H]`; `alone`: no gradient is asked for, entropies are NaN."""
+        bias = self._biased(bias)
+        if alone:
+            logprobs = logprobs_alone(hidden, weight, tokens, bias=bias, temperature=self.temperature)
+            return logprobs, torch.full_like(logprobs, math.nan)
+        return token_logprobs(
+            hidden, weight, tokens, bias=bias, temperature=self.temperature, entropy_gradient=self.entropy_gradient
+        )
 
     def _by_softmax(self, logits: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """`(logprobs [n], entropy [n])` of `tokens [n]` under a model's own logits `[n, V]`."""
@@ -553,7 +558,7 @@ class LanguageModelPolicy:
             attached: leave the policy's output attached to its parameters; not with `known`.
 
         Returns:
-            The policy's output on the `[n]` decisions (its entropies are NaN where the log-probabilities are known),
+            The policy's output on the `[n]` decisions (its entropies may be NaN unless `attached`),
             the reference's log-probabilities `[n]`, and `[I]` the values after each sequence's last token (0 unless
             `last_values`).
         """
@@ -562,7 +567,7 @@ class LanguageModelPolicy:
         after = torch.zeros(len(inputs.lengths), device=self.device)
         with torch.set_grad_enabled(attached), self._autocast():
             if known is None:
-                logprobs, entropy, hidden = self._logprobs(self.top, self.model, rows, states)
+                logprobs, entropy, hidden = self._logprobs(self.top, self.model, rows, states, alone=not attached)
             else:
                 logprobs, entropy, hidden = known, torch.full_like(known, math.nan), None
             if known is None or final_states is None or last_values or self.critic_body is not None:
@@ -573,7 +578,7 @@ class LanguageModelPolicy:
             else:
                 values = self.value_network(final_states.float())[..., 0].float()
         with self._autocast(), self.reference_weights():
-            ref_logprobs, _, _ = self._logprobs(self.reference_top, self._reference_model(), rows, states)
+            ref_logprobs, _, _ = self._logprobs(self.reference_top, self._reference_model(), rows, states, alone=True)
         return PolicyOutput(logprobs=logprobs, entropy=entropy, values=values), ref_logprobs, after
 
     @torch.no_grad()
@@ -583,9 +588,9 @@ class LanguageModelPolicy:
         states = self.trunk_states(rows)
         with self._autocast():
             if not reference:
-                return self._logprobs(self.top, self.model, rows, states)[0]
+                return self._logprobs(self.top, self.model, rows, states, alone=True)[0]
             with self.reference_weights():
-                return self._logprobs(self.reference_top, self._reference_model(), rows, states)[0]
+                return self._logprobs(self.reference_top, self._reference_model(), rows, states, alone=True)[0]
 
     def reference_weights(self) -> AbstractContextManager[Any]:
         """Inside, the model is the reference: adapters are off (LoRA); otherwise the reference has its own top."""

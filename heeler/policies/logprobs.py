@@ -1,13 +1,18 @@
-"""Log-probabilities and entropies of chosen tokens, without ever holding `[positions, vocabulary]`.
+"""Log-probabilities and entropies of chosen tokens, without ever holding `[positions, vocabulary]` in float32.
 
     z = (W h + b) / temperature,   log p(y) = z_y - logsumexp(z),   H = logsumexp(z) - sum_v p_v z_v
 
     d log p(y) / dz = onehot(y) - p            d H / dz = -p * (log p + H)
 
-Only the positions that made a decision enter, in chunks. The backward pass never stores a chunk's logits:
-with a frozen output layer the gradient with respect to h is formed in the forward pass and kept as `[n, H]`
-(it is then one multiplication); with a trainable one the probabilities are kept where they are few, and the logits
-are computed again, chunk by chunk, where they are not.
+Only the positions that made a decision enter, in chunks, and a chunk's logits become probabilities a few rows at a
+time, while they lie in the processor's cache. With a frozen output layer the gradient with respect to h is formed in
+the forward pass and kept as `[n, H]` (the backward pass is then one multiplication). With a trained one the
+probabilities are kept where they are few, and the logits are computed again, chunk by chunk, where they are not. With
+weights e = exp(z - max z) and their sum t, a position's gradient g gives
+
+    dL / dh = g (1 - p_y) W_y - (g / t) sum_{v != y} e_v W_v,     dL / dW = the same sums over positions with h for W
+
+so nothing of the size `[n, V]` is written in the backward pass, and 1 - p_y keeps its digits when e is in bf16.
 
 Products are computed in autocast's type where that is on, in the backward pass too, and in the weight's elsewhere.
 `tests/policies/test_logprobs.py` holds the slow twin.
@@ -15,31 +20,36 @@ Products are computed in autocast's type where that is on, in the backward pass 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-CHUNK_LOGITS = 12 * 1024 * 1024  # logits held at once: 48 MiB in float32, which large caches nearly hold
-KEPT_PROBABILITIES = 96 * 1024 * 1024  # kept for the backward pass at most: 384 MiB
+CHUNK_BYTES = 48 * 1024 * 1024  # of a chunk's logits, in the type of the products
+BLOCK_LOGITS = 3 * 1024 * 512  # turned into probabilities at once on a CPU: 6 MiB in float32
+KEPT_BYTES = 384 * 1024 * 1024  # of probabilities for the backward pass, at most
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    logits = torch.nn.functional.linear(hidden, weight, None if bias is None else bias.to(weight.dtype)).float()
-    return logits if temperature == 1.0 else logits.div_(temperature)
+def _type_of_products(hidden: Tensor, weight: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
-def _softmax_parts(logits: Tensor, keep_logits: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`(logsumexp [c], weights e [c, V], their sums [c, 1], entropy [c])` in few passes over the float32 logits.
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.nn.functional.linear(hidden, weight, None if bias is None else bias.to(weight.dtype))
 
-    The probabilities are e / sums; whoever needs them divides what is smaller. The logits are lost unless kept.
-    """
-    top = logits.amax(-1, keepdim=True)
-    e = torch.sub(logits, top).exp_()
-    total = e.sum(-1, keepdim=True)
-    lse = (top + total.log())[:, 0]
-    expected = (torch.mul(e, logits) if keep_logits else logits.mul_(e)).sum(-1) / total[:, 0]
-    return lse, e, total, lse - expected
+
+def _chunks(n: int, size: int) -> Iterator[slice]:
+    return (slice(start, min(start + size, n)) for start in range(0, n, size))
+
+
+def _blocks(logits: Tensor, temperature: float) -> Iterator[tuple[slice, Tensor]]:
+    """`(rows, z [rows, V] in float32)` of a chunk's logits; they may be lost."""
+    size = len(logits) if logits.device.type != "cpu" else max(BLOCK_LOGITS // logits.shape[1], 1)
+    for rows in _chunks(len(logits), size):
+        z = logits[rows].float()
+        yield rows, z if temperature == 1.0 else z.div_(temperature)
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -54,41 +64,41 @@ class _TokenLogprobs(torch.autograd.Function):
         entropy_gradient: bool,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
-        n, device = hidden.shape[0], hidden.device.type
-        compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        given, hidden, matrix = hidden, hidden.to(compute), weight.to(compute)
-        logprobs, entropy = hidden.new_empty(n, dtype=torch.float32), hidden.new_empty(n, dtype=torch.float32)
+        compute = _type_of_products(hidden, weight)
+        n, given, hidden, matrix = hidden.shape[0], hidden, hidden.to(compute), weight.to(compute)
+        logprobs, entropy = hidden.new_empty(2, n, dtype=torch.float32)
         frozen_head = not (weight.requires_grad or (bias is not None and bias.requires_grad))
         keep = frozen_head and given.requires_grad
         unit = torch.empty_like(hidden) if keep else None  # d log p / d hidden
         unit_entropy = torch.empty_like(hidden) if keep and entropy_gradient else None
-        few = n * weight.shape[0] <= KEPT_PROBABILITIES and not entropy_gradient
-        kept: list[Tensor] | None = [] if not frozen_head and few and any(ctx.needs_input_grad) else None
-        for start in range(0, n, chunk):
-            rows = slice(start, min(start + chunk, n))
-            logits = _logits(hidden[rows], matrix, bias, temperature)  # (c, V)
-            chosen = logits.gather(1, tokens[rows, None])[:, 0]
-            lse, e, total, h = _softmax_parts(logits, keep_logits=unit_entropy is not None)
-            logprobs[rows], entropy[rows] = chosen - lse, h
-            if kept is not None:
-                kept += [e, total]
-            if unit is not None:
-                expected = torch.matmul(e.to(compute), matrix) / total
-                unit[rows] = (matrix[tokens[rows]] - expected) / temperature
-            if unit_entropy is not None:
-                slope = e.mul_(logits.sub_((lse - h)[:, None])).neg_()  # -e * (log p + H)
-                unit_entropy[rows] = torch.matmul(slope.to(compute), matrix) / total / temperature
-        ctx.temperature, ctx.chunk, ctx.entropy_gradient, ctx.frozen_head = (
-            temperature,
-            chunk,
-            entropy_gradient,
-            frozen_head,
-        )
-        ctx.has_bias, ctx.few, ctx.compute = bias is not None, kept is not None, compute
+        few = n * weight.shape[0] * matrix.element_size() <= KEPT_BYTES and not entropy_gradient
+        trained = not frozen_head and few and any(ctx.needs_input_grad)
+        kept = hidden.new_empty(n, weight.shape[0]) if trained else None
+        sums = hidden.new_empty(n, 1, dtype=torch.float32)
+        for rows in _chunks(n, chunk):
+            logits = _logits(hidden[rows], matrix, bias)  # (c, V)
+            e = kept[rows] if kept is not None else (torch.empty_like(logits) if unit is not None else None)
+            slope = torch.empty_like(logits) if unit_entropy is not None else None
+            for part, z in _blocks(logits, temperature):
+                at = slice(rows.start + part.start, rows.start + part.stop)
+                chosen = tokens[at, None]
+                logprob, h, weights, sums[at] = _softmax(z, chosen, None if slope is None else slope[part])
+                logprobs[at], entropy[at] = logprob, h
+                if e is not None:
+                    e[part] = weights.scatter_(1, chosen, 0.0)
+            if unit is not None and e is not None:
+                rest = torch.matmul(e, matrix) / sums[rows]
+                share = -torch.expm1(logprobs[rows, None])  # 1 - p
+                unit[rows] = (share * matrix[tokens[rows]] - rest) / temperature
+            if unit_entropy is not None and slope is not None:
+                unit_entropy[rows] = torch.matmul(slope, matrix) / sums[rows] / temperature
+        ctx.temperature, ctx.chunk, ctx.entropy_gradient = temperature, chunk, entropy_gradient
+        ctx.has_bias, ctx.few, ctx.compute, ctx.frozen_head = bias is not None, kept is not None, compute, frozen_head
         if keep:
             ctx.save_for_backward(*[x for x in (unit, unit_entropy) if x is not None])
         else:
-            ctx.save_for_backward(given, weight, tokens, *([] if bias is None else [bias]), *(kept or []))
+            found = [] if kept is None else [logprobs, sums, kept]
+            ctx.save_for_backward(given, weight, tokens, *([] if bias is None else [bias]), *found)
         if not entropy_gradient:
             ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
@@ -103,33 +113,88 @@ class _TokenLogprobs(torch.autograd.Function):
             return grad, None, None, None, None, None, None
         hidden, weight, tokens = ctx.saved_tensors[:3]
         bias = ctx.saved_tensors[3] if ctx.has_bias else None
-        grad_hidden, matrix = torch.empty_like(hidden), weight.to(ctx.compute)
-        grad_weight = torch.zeros_like(weight)
-        grad_bias = None if bias is None else torch.zeros_like(bias)
-        kept = ctx.saved_tensors[4 if ctx.has_bias else 3 :] if ctx.few else None
-        for start in range(0, hidden.shape[0], ctx.chunk):
-            rows = slice(start, min(start + ctx.chunk, hidden.shape[0]))
-            states = hidden[rows].to(ctx.compute)
-            if kept is not None:
-                at = 2 * (start // ctx.chunk)
-                e, total, log_ratio = kept[at], kept[at + 1], None
-            else:
-                logits = _logits(states, matrix, bias, ctx.temperature)
-                lse, e, total, h = _softmax_parts(logits, keep_logits=ctx.entropy_gradient)
-                log_ratio = logits.sub_((lse - h)[:, None]) if ctx.entropy_gradient else None  # log p + H
-            slope = e * (-grad_logprobs[rows, None] / total)
-            slope.scatter_add_(1, tokens[rows, None], grad_logprobs[rows, None])
-            if log_ratio is not None:
-                slope.addcmul_(e.mul_(-grad_entropy[rows, None] / total), log_ratio)
-            slope = (slope if ctx.temperature == 1.0 else slope / ctx.temperature).to(ctx.compute)
-            grad_hidden[rows] = torch.matmul(slope, matrix).to(hidden.dtype)
-            if ctx.compute == weight.dtype:
-                grad_weight.addmm_(slope.t(), states)
-            else:  # sums over chunks keep the weight's digits
-                grad_weight += torch.matmul(slope.t(), states)
-            if grad_bias is not None:
-                grad_bias += slope.sum(0, dtype=grad_bias.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+        if ctx.few:
+            scaled = grad_logprobs / ctx.temperature
+            grads = _from_probabilities(hidden, weight.to(ctx.compute), tokens, scaled, *ctx.saved_tensors[-3:])
+        else:
+            grads = _from_logits(ctx, hidden, weight.to(ctx.compute), bias, tokens, grad_logprobs, grad_entropy)
+        grad_hidden, grad_weight, grad_bias = grads
+        grad_bias = None if bias is None else grad_bias.to(bias.dtype)
+        return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), grad_bias, None, None, None, None
+
+
+def _softmax(z: Tensor, chosen: Tensor, slope: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`(log p [r], H [r], e [r, V], their sums [r, 1])` of `z [r, V]`, which is lost, and `chosen [r, 1]`.
+
+    The probabilities are e / sums. `slope [r, V]` gets the sums times dH / dz where it is given.
+    """
+    top = z.amax(-1, keepdim=True)
+    e = torch.sub(z, top).exp_()
+    sums = e.sum(-1, keepdim=True)
+    lse = top + sums.log()
+    logprob = z.gather(1, chosen) - lse
+    if slope is None:
+        h = lse - z.mul_(e).sum(-1, keepdim=True) / sums
+    else:
+        h = lse - torch.mul(e, z).sum(-1, keepdim=True) / sums
+        slope.copy_(z.sub_(lse - h).mul_(e).neg_())
+    return logprob[:, 0], h[:, 0], e, sums
+
+
+def _from_probabilities(
+    hidden: Tensor, matrix: Tensor, tokens: Tensor, grads: Tensor, logprobs: Tensor, sums: Tensor, e: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden states, weight and bias from `e [n, V]`, whose chosen entries are 0."""
+    chosen = (-torch.expm1(logprobs) * grads)[:, None]  # g (1 - p)
+    others = -grads[:, None] / sums
+    grad_hidden = torch.matmul(e, matrix) * others + chosen * matrix[tokens]
+    grad_weight = torch.matmul(e.t(), (hidden * others).to(e.dtype)).float()
+    grad_weight.index_add_(0, tokens, chosen * hidden)
+    grad_bias = torch.matmul(e.t(), others.to(e.dtype))[:, 0].float().index_add_(0, tokens, chosen[:, 0])
+    return grad_hidden, grad_weight, grad_bias
+
+
+def _from_logits(
+    ctx: Any,
+    hidden: Tensor,
+    matrix: Tensor,
+    bias: Tensor | None,
+    tokens: Tensor,
+    grad_logprobs: Tensor,
+    grad_entropy: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with the logits computed again, chunk by chunk; with the gradients of the entropies where they count."""
+    grad_hidden = torch.empty_like(hidden, dtype=torch.float32)
+    grad_weight = torch.zeros_like(matrix, dtype=torch.float32)
+    grad_bias = grad_weight.new_zeros(len(matrix))
+    for rows in _chunks(hidden.shape[0], ctx.chunk):
+        states = hidden[rows].to(ctx.compute)
+        logits = _logits(states, matrix, bias)
+        for part, z in _blocks(logits, ctx.temperature):
+            at = slice(rows.start + part.start, rows.start + part.stop)
+            chosen = tokens[at, None]
+            of_entropy = torch.empty_like(z) if ctx.entropy_gradient else None
+            logprob, _, e, sums = _softmax(z, chosen, of_entropy)
+            grads = grad_logprobs[at, None]
+            slope = e.scatter_(1, chosen, 0.0).mul_(-grads / sums)
+            slope.scatter_(1, chosen, -torch.expm1(logprob[:, None]) * grads)
+            if of_entropy is not None:
+                slope.addcmul_(of_entropy, grad_entropy[at, None] / sums)
+            logits[part] = slope if ctx.temperature == 1.0 else slope.div_(ctx.temperature)
+        grad_hidden[rows] = torch.matmul(logits, matrix).float()
+        if logits.dtype == torch.float32:
+            grad_weight.addmm_(logits.t(), states)
+        else:  # sums over chunks keep the weight's digits
+            grad_weight += torch.matmul(logits.t(), states)
+        grad_bias += logits.sum(0, dtype=torch.float32)
+    return grad_hidden, grad_weight, grad_bias
+
+
+def _chunk_of(hidden: Tensor, weight: Tensor, chunk: int | None) -> int:
+    if chunk is not None:
+        return chunk
+    row = weight.shape[0] * torch.empty(0, dtype=_type_of_products(hidden, weight)).element_size()
+    return max(CHUNK_BYTES // row, 16)
 
 
 def token_logprobs(
@@ -156,7 +221,28 @@ def token_logprobs(
     Returns:
         `(logprobs [n], entropy [n])`, float32, nats.
     """
-    if chunk is None:
-        chunk = max(CHUNK_LOGITS // weight.shape[0], 16)
+    chunk = _chunk_of(hidden, weight, chunk)
     result = _TokenLogprobs.apply(hidden, weight, bias, tokens, temperature, entropy_gradient, chunk)
     return result[0], result[1]  # pyright: ignore
+
+
+@torch.no_grad()
+def logprobs_alone(
+    hidden: Tensor,
+    weight: Tensor,
+    tokens: Tensor,
+    *,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    chunk: int | None = None,
+) -> Tensor:
+    """`[n]` of `token_logprobs`, to the last digit, without the entropies and without a gradient: in less time."""
+    compute = _type_of_products(hidden, weight)
+    hidden, matrix = hidden.to(compute), weight.to(compute)
+    logprobs = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    for rows in _chunks(len(logprobs), _chunk_of(hidden, weight, chunk)):
+        for part, z in _blocks(_logits(hidden[rows], matrix, bias), temperature):
+            at = slice(rows.start + part.start, rows.start + part.stop)
+            top, chosen = z.amax(-1), z.gather(1, tokens[at, None])[:, 0]
+            logprobs[at] = chosen - (top + z.sub_(top[:, None]).exp_().sum(-1).log())
+    return logprobs

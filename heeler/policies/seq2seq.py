@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from heeler.policies.inputs import TokenInputs
 from heeler.policies.language_model import Critic, Full, LanguageModelPolicy, Trainable, ValueHead, value_network
 from heeler.policies.loading import decoder_start_id
-from heeler.policies.logprobs import token_logprobs
 from heeler.policies.precision import round_linear
 from heeler.policies.splitting import shared_copy
 from heeler.types import HeelerError, Inputs, PolicyOutput
@@ -205,21 +204,16 @@ class Seq2SeqPolicy(LanguageModelPolicy):
             use_cache=False,
         ).last_hidden_state
 
-    def _logprobs(self, body: Any, model: Any, rows: Any, states: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def _logprobs(
+        self, body: Any, model: Any, rows: Any, states: Tensor | None, alone: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """`(logprobs [n], entropy [n], hidden [B, T, H])`; `body` and `states` are the causal models' trunk and top."""
         if self._head_scale is not None:
             hidden = self._decoder_states(model, rows)
             weight = model.get_output_embeddings().weight
             chosen = hidden[rows.rows, rows.columns]
-            logprobs, entropy = token_logprobs(
-                (chosen if self._head_scale == 1.0 else chosen * self._head_scale).to(weight.dtype),
-                weight,
-                rows.tokens,
-                bias=self._biased(self._head_bias(model)),
-                temperature=self.temperature,
-                entropy_gradient=self.entropy_gradient,
-            )
-            return logprobs, entropy, hidden
+            chosen = (chosen if self._head_scale == 1.0 else chosen * self._head_scale).to(weight.dtype)
+            return *self._by_head(chosen, weight, self._head_bias(model), rows.tokens, alone), hidden
         output = self._whole(model, rows)
         logprobs, entropy = self._by_softmax(output.logits[rows.rows, rows.columns], rows.tokens)
         return logprobs, entropy, output.decoder_hidden_states[-1]

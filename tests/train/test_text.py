@@ -388,10 +388,10 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for method in ("_logprobs", "_values"):
         original = getattr(LanguageModelPolicy, method)
 
-        def counted(*args: Any, _original: Any = original, _method: str = method) -> Any:
+        def counted(*args: Any, _original: Any = original, _method: str = method, **options: Any) -> Any:
             if not torch.is_grad_enabled():
                 seen.append(_method)
-            return _original(*args)
+            return _original(*args, **options)
 
         monkeypatch.setattr(LanguageModelPolicy, method, counted)
     return seen
