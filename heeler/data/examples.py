@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from heeler.data.prompts import apply_template, is_chat, tokenize_prompt
+from heeler.data.prompts import A_PROMPT, apply_template, check_messages, tokenize_messages, tokenize_prompt
 from heeler.data.tables import named_rows
 from heeler.types import HeelerError
 
@@ -129,24 +129,16 @@ def _example(row: Mapping[str, Any], tokenizer: Any, where: str, eos: bool, seq2
     if row.get("prompt") is not None and row.get("completion") is not None:
         prompt, completion = row["prompt"], row["completion"]
         if not isinstance(prompt, str):
-            if not is_chat(prompt):
-                tokenize_prompt(prompt, tokenizer, where)  # says what a prompt is
+            check_messages(prompt, where, A_PROMPT, calls=True)
             answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
-            if not is_chat(answer):
-                raise HeelerError(
-                    f'{where}: a completion of messages is a string or messages with "role" and "content", not'
-                    f" {repr(completion)[:60]}"
-                )
+            check_messages(answer, where, "a completion of messages is a string or", calls=True)
             return _conversation([*prompt, *answer], len(prompt), tokenizer, where, eos)
         ids = tokenize_prompt(prompt, tokenizer, where)
         learnt = _checked_text(completion, "completion", where)
         text = {"text_target" if seq2seq else "text": learnt}  # Marian's targets have a vocabulary of their own
         return _with_eos(ids, tokenizer(**text, add_special_tokens=False)["input_ids"], tokenizer, eos)
     if row.get("messages") is not None:
-        if not is_chat(row["messages"]):
-            raise HeelerError(
-                f'{where}: "messages" is a list of messages with "role" and "content", not {repr(row["messages"])[:60]}'
-            )
+        check_messages(row["messages"], where, '"messages" is a list of', calls=True)
         return _conversation(row["messages"], 0, tokenizer, where, eos)
     return _with_eos([], tokenizer(_checked_text(row["text"], "text", where))["input_ids"], tokenizer, eos)
 
@@ -186,7 +178,7 @@ def _conversation(messages: Sequence[Mapping[str, Any]], start: int, tokenizer: 
     done = ""
     for turn in turns:
         content = messages[turn]["content"]
-        if not (content.strip() if isinstance(content, str) else content) and not messages[turn].get("tool_calls"):
+        if not (content or "").strip() and not messages[turn].get("tool_calls"):
             raise HeelerError(f"{where}: the assistant's message {turn + 1} is empty: drop the row")
         before = apply_template(messages[:turn], tokenizer, where, tokenize=False)
         after = apply_template(messages[: turn + 1], tokenizer, where, tokenize=False, add_generation_prompt=False)
@@ -197,7 +189,7 @@ def _conversation(messages: Sequence[Mapping[str, Any]], start: int, tokenizer: 
                 ' "prompt" and "completion"'
             )
         if turn == turns[0]:
-            given = tokenize_prompt(messages[:turn], tokenizer, where)
+            given = tokenize_messages(messages[:turn], tokenizer, where)
         else:
             given = tokenizer(before[len(done) :], add_special_tokens=False)["input_ids"]
         learnt = list(tokenizer(after[len(before) :], add_special_tokens=False)["input_ids"])

@@ -1,6 +1,7 @@
 """Preferences and labels for reward models, and splits in which no prompt lies on two sides.
 
-Texts stay texts: a reward model has its own tokenizer, and reads prompt and completion as one text (`texts_of`).
+Texts stay texts: a reward model has its own tokenizer, and reads prompt and completion as one text (`texts_of`),
+conversations in its own chat template.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any, Literal, TypeVar
 
-from heeler.data.prompts import is_chat, texts_of
+from heeler.data.prompts import A_PROMPT, check_messages, has_template, is_chat, texts_of
 from heeler.data.tables import named_rows
 from heeler.types import HeelerError
 
@@ -31,6 +32,7 @@ class Preference:
         prompt: a string, or a list of chat messages.
         chosen, rejected: the texts that a reader sees, prompt included.
         margin: how much better, in units of the reward; 0 where the source does not say.
+        templated: whether the texts are in the reward model's chat template, special tokens included.
         where: source and row, for messages.
     """
 
@@ -38,6 +40,7 @@ class Preference:
     chosen: str
     rejected: str
     margin: float = 0.0
+    templated: bool = False
     where: str = field(default="", compare=False, repr=False)
 
 
@@ -58,23 +61,25 @@ def load_preferences(
 
     Args:
         source: what `read_rows` reads, or a list of rows.
-        tokenizer: of the reward model, to count tokens; None counts nothing.
+        tokenizer: of the reward model: its chat template, where it has one, is applied to conversations, and it counts
+            tokens; None joins conversations by line ends, and counts nothing.
         max_tokens: the most tokens a side may have with its prompt; None checks nothing.
         name: what to call the rows in messages.
         too_long: what to do with rows whose longer side is longer; "drop" logs how many there were.
 
     Raises:
-        HeelerError: no rows, a missing column, an empty side, sides that are equal, a margin that is not finite, a
-            side too long.
+        HeelerError: no rows, a missing column, an empty side, sides that are equal, messages without a text each or
+            that the chat template refuses, a margin that is not finite, a side too long.
     """
     rows, name = named_rows(source, name)
     preferences: list[Preference] = []
     for number, row in enumerate(rows, start=1):
         where = f"{name}, row {number}"
-        preference = _preference(row, where)
+        preference = _preference(row, tokenizer, where)
         length = 0
         if tokenizer is not None and max_tokens is not None:
-            length = max(len(tokenizer(text)["input_ids"]) for text in (preference.chosen, preference.rejected))
+            sides, special = (preference.chosen, preference.rejected), not preference.templated
+            length = max(len(tokenizer(text, add_special_tokens=special)["input_ids"]) for text in sides)
         if max_tokens is None or length <= max_tokens:
             preferences.append(preference)
         elif too_long == "error":
@@ -208,16 +213,13 @@ def _need(row: Mapping[str, Any], column: str, where: str) -> None:
         raise HeelerError(f'{where}: there is no "{column}" key (found {", ".join(row) or "nothing"}): add it')
 
 
-def _preference(row: Mapping[str, Any], where: str) -> Preference:
+def _preference(row: Mapping[str, Any], tokenizer: Any, where: str) -> Preference:
     for side in ("chosen", "rejected"):
         _need(row, side, where)
-        if not isinstance(row[side], str) and not is_chat(row[side]):
-            if not row[side]:
-                raise HeelerError(f"{where}: the {side} side is empty: drop the row")
-            raise HeelerError(
-                f'{where}: the {side} side is a string or messages with "role" and "content", not'
-                f" {repr(row[side])[:60]}"
-            )
+        if not row[side]:
+            raise HeelerError(f"{where}: the {side} side is empty: drop the row")
+        if not isinstance(row[side], str):
+            check_messages(row[side], where, f"the {side} side is a string or")
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     if isinstance(chosen, str) != isinstance(rejected, str):
         raise HeelerError(f"{where}: one side is a string and the other messages: make both of one kind")
@@ -235,10 +237,8 @@ def _preference(row: Mapping[str, Any], where: str) -> Preference:
                 ' prompt as messages under "prompt"'
             )
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
-    if not isinstance(prompt, str) and not is_chat(prompt):
-        raise HeelerError(
-            f'{where}: a prompt is a string or a list of messages with "role" and "content", not {repr(prompt)[:60]}'
-        )
+    if not isinstance(prompt, str):
+        check_messages(prompt, where, A_PROMPT)
     margin = row.get("margin")
     try:
         margin = 0.0 if margin is None else float(margin)
@@ -248,18 +248,16 @@ def _preference(row: Mapping[str, Any], where: str) -> Preference:
         raise HeelerError(f"{where}: the margin {row['margin']!r} is no finite number: correct it or leave it out")
     return Preference(
         prompt=prompt,
-        chosen=_text(prompt, chosen, "chosen", where),
-        rejected=_text(prompt, rejected, "rejected", where),
+        chosen=_text(prompt, chosen, "chosen", tokenizer, where),
+        rejected=_text(prompt, rejected, "rejected", tokenizer, where),
         margin=margin,
+        templated=has_template(prompt, tokenizer),
         where=where,
     )
 
 
-def _text(prompt: Any, side: Any, which: str, where: str) -> str:
-    messages = [*([] if isinstance(prompt, str) else prompt), *([] if isinstance(side, str) else side)]
-    if not all(isinstance(message["content"], str) for message in messages):
-        raise HeelerError(f"{where}: a message's content is not a string: reward models read text only")
-    completion = side if isinstance(side, str) else "\n".join(message["content"] for message in side)
-    if not completion.strip():
+def _text(prompt: Any, side: Any, which: str, tokenizer: Any, where: str) -> str:
+    said = side if isinstance(side, str) else "".join(message["content"] for message in side)
+    if not said.strip():
         raise HeelerError(f"{where}: the {which} side is empty: drop the row")
-    return texts_of([prompt], [completion])[0]
+    return texts_of([prompt], [side], tokenizer, where)[0]

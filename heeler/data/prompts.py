@@ -10,6 +10,7 @@ from heeler.data.tables import read_rows
 from heeler.types import HeelerError
 
 Message = Mapping[str, str]
+A_PROMPT = "a prompt is a string or a list of"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,15 +88,75 @@ def is_chat(value: Any) -> bool:
     )
 
 
-def texts_of(prompts: Sequence[Any], completions: Sequence[str]) -> list[str]:
-    """What a reader sees: the prompt and its continuation (for chats, the conversation's contents)."""
+def check_messages(value: Any, where: str, what: str, *, calls: bool = False) -> None:
+    """Raise a sentence where a value is no list of chat messages with a text each.
+
+    Args:
+        value: anything but a string.
+        where: source and row.
+        what: the sentence up to "messages", as in "a prompt is a string or a list of".
+        calls: a message with tool calls may have null as content, for the template to render.
+    """
+    messages: Sequence[Any] = value if isinstance(value, Sequence) and not isinstance(value, str) else ()
+    if not messages or not all(isinstance(message, Mapping) for message in messages):
+        raise HeelerError(f'{where}: {what} messages with "role" and "content", not {repr(value)[:60]}')
+    for number, message in enumerate(messages, start=1):
+        for key in ("role", "content"):
+            given, calling = message.get(key), key == "content" and message.get("tool_calls")
+            if isinstance(given, str) or (calls and calling and given is None and key in message):
+                continue
+            found, cure = repr(given)[:60], "make it a string"
+            if given is None:
+                found = "null" if key in message else "missing"
+                cure = 'give it a string, "" where it only calls a tool' if calling else "give it one, or drop the row"
+            elif isinstance(given, Sequence):
+                found, cure = "a list of parts", "join their texts into one string"
+            raise HeelerError(
+                f"{where}: {what} messages with strings as role and content, but the {key} of message {number} is"
+                f" {found}: {cure}"
+            )
+
+
+def has_template(prompt: Any, tokenizer: Any) -> bool:
+    """Whether a reward model with this tokenizer (or None) reads what follows `prompt` in its chat template.
+
+    A text of the template holds its special tokens already: it is tokenised without any more.
+    """
+    return not isinstance(prompt, str) and getattr(tokenizer, "chat_template", None) is not None
+
+
+def texts_of(prompts: Sequence[Any], completions: Sequence[Any], tokenizer: Any = None, where: str = "") -> list[str]:
+    """What a reader sees: the prompt and its continuation.
+
+    A conversation is in the chat template of the reader, where it has one, up to the end of the answer; else its
+    contents are joined by line ends.
+
+    Args:
+        prompts: strings, or lists of messages.
+        completions: strings, or lists of messages where the prompt is one.
+        tokenizer: of the reader; None where it has none.
+        where: who reads what, for messages.
+
+    Raises:
+        HeelerError: the template refuses a conversation.
+    """
     texts: list[str] = []
     for prompt, completion in zip(prompts, completions, strict=True):
         if isinstance(prompt, str):
             texts.append(prompt + completion)
+            continue
+        answer = [{"role": "assistant", "content": completion}] if isinstance(completion, str) else completion
+        messages = [*prompt, *answer]
+        if has_template(prompt, tokenizer):
+            texts.append(apply_template(messages, tokenizer, where, add_generation_prompt=False, tokenize=False))
         else:
-            texts.append("\n".join([*(message["content"] for message in prompt), completion]))
+            texts.append("\n".join(message["content"] for message in messages))
     return texts
+
+
+def without_template(name: str) -> str:
+    """What is said once where a reward model without a chat template reads conversations."""
+    return f"{name} has no chat template: it reads conversations as their contents, joined by line ends, without roles"
 
 
 def tokenize_prompt(prompt: Any, tokenizer: Any, where: str) -> list[int]:
@@ -104,19 +165,21 @@ def tokenize_prompt(prompt: Any, tokenizer: Any, where: str) -> list[int]:
     A string gets the tokenizer's special tokens; messages get the chat template, up to where the answer begins.
 
     Raises:
-        HeelerError: an empty prompt, messages without a chat template or that it refuses, anything else.
+        HeelerError: an empty prompt, messages without a text each, without a chat template or that it refuses,
+            anything else.
     """
     if isinstance(prompt, str):
         ids: list[int] = list(tokenizer(prompt)["input_ids"])
         if not prompt.strip() or not ids:
             raise HeelerError(f"{where}: the prompt is empty")
         return ids
-    if is_chat(prompt):
-        encoded = apply_template(prompt, tokenizer, where, tokenize=True, return_dict=True)
-        return list(encoded["input_ids"])
-    raise HeelerError(
-        f'{where}: a prompt is a string or a list of messages with "role" and "content", not {repr(prompt)[:60]}'
-    )
+    check_messages(prompt, where, A_PROMPT)
+    return tokenize_messages(prompt, tokenizer, where)
+
+
+def tokenize_messages(messages: Sequence[Message], tokenizer: Any, where: str) -> list[int]:
+    """The ids of messages in the chat template, up to where the answer begins."""
+    return list(apply_template(messages, tokenizer, where, tokenize=True, return_dict=True)["input_ids"])
 
 
 def apply_template(

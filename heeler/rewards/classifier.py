@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from heeler.data.prompts import texts_of
+from heeler.data.prompts import has_template, texts_of, without_template
 from heeler.policies import loading
 from heeler.policies.precision import round_linear
+from heeler.runtime.progress import say
 from heeler.types import HeelerError, RewardOutput, Samples
 
 
@@ -19,6 +20,9 @@ class ClassifierReward:
 
     PPO trains on the logit, which does not saturate. Where the model was trained on labels, or is not Heeler's, its
     probability is a component, `reward/probability`. A model of preferences has no probability of a single text.
+
+    A conversation is read in the classifier's own chat template, as in training; without one its contents are joined by
+    line ends, which is said once.
 
     Args:
         path: folder or hub id of a classifier with one label (its logit) or two (the difference of the two).
@@ -56,11 +60,22 @@ class ClassifierReward:
         if self.model.config.pad_token_id is None:  # a causal model looks for its last token by it
             self.model.config.pad_token_id = self.tokenizer.pad_token_id
         self.max_length = loading.most_tokens(self.model, self.tokenizer) or 512
+        self.told = False  # that there is no chat template
 
     @torch.no_grad()
-    def logits(self, texts: Sequence[str]) -> Tensor:
-        """`[len(texts)]` logits of the positive class; texts are batched by length."""
-        encoded = self.tokenizer(list(texts), truncation=True, max_length=self.max_length)["input_ids"]
+    def logits(self, texts: Sequence[str], templated: Sequence[bool] | None = None) -> Tensor:
+        """`[len(texts)]` logits of the positive class; texts are batched by length.
+
+        `templated`: which of the texts hold their special tokens already; none where it is None.
+        """
+        options: dict[str, Any] = {"truncation": True, "max_length": self.max_length}
+        encoded: list[list[int]] = [[]] * len(texts)
+        for special in (True, False):
+            items = [i for i in range(len(texts)) if special != (templated is not None and templated[i])]
+            if items:
+                ids = self.tokenizer([texts[i] for i in items], add_special_tokens=special, **options)["input_ids"]
+                for i, row in zip(items, ids, strict=True):
+                    encoded[i] = row
         order = sorted(range(len(texts)), key=lambda i: -len(encoded[i]))
         logits = torch.zeros(len(texts))
         start = 0
@@ -74,7 +89,12 @@ class ClassifierReward:
         return logits
 
     def __call__(self, samples: Samples) -> RewardOutput:
-        logits = self.logits(texts_of(samples.prompts, samples.completions))
+        name = f"the reward model {self.path}"
+        templated = [has_template(prompt, self.tokenizer) for prompt in samples.prompts]
+        if not (self.told or any(templated) or all(isinstance(prompt, str) for prompt in samples.prompts)):
+            say(without_template(name))
+            self.told = True
+        logits = self.logits(texts_of(samples.prompts, samples.completions, self.tokenizer, name), templated)
         return RewardOutput(
             scores=logits * self.scale + self.shift,
             token_rewards=None,

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from heeler.data.prompts import is_chat
 from heeler.runtime.packages import where_raised
 from heeler.types import HeelerError, Reward, RewardOutput, Samples, Unavailable
 
@@ -77,7 +78,7 @@ def read_samples(body: bytes) -> Samples:
             raise HeelerError(f"{name!r} {found}, but there are {count} completions")
     for name, values, right, kind in (
         ("completions", completions, _is_text, "a string"),
-        ("prompts", prompts, _is_prompt, "a string or a list of messages with role and content"),
+        ("prompts", prompts, _is_prompt, "a string or a list of messages with role and content, both strings"),
         ("completion_ids", ids, _is_ids, "a list of integers"),
         ("truncated", truncated, _is_bool, "true or false"),
     ):
@@ -103,9 +104,7 @@ def _is_ids(value: Any) -> bool:
 
 def _is_prompt(value: Any) -> bool:
     return isinstance(value, str) or (
-        isinstance(value, list)
-        and bool(value)
-        and all(isinstance(message, dict) and "content" in message for message in value)
+        is_chat(value) and all(isinstance(message[key], str) for message in value for key in ("role", "content"))
     )
 
 

@@ -132,20 +132,28 @@ class _Tokenized:
     """Texts tokenised once, and put between the tokenizer's special tokens.
 
     Attributes:
-        room: tokens of a text without the special ones.
+        templated: whether each text is in the chat template: it holds its special tokens, and gets no more.
+        room: tokens of a text without the special ones that it gets; the least, where some get none.
         num_cut: texts that were longer.
     """
 
     def __init__(
-        self, texts: Sequence[str], tokenizer: Any, max_tokens: int, keep: Literal["start", "end"], show: bool
+        self,
+        texts: Sequence[str],
+        tokenizer: Any,
+        max_tokens: int,
+        keep: Literal["start", "end"],
+        show: bool,
+        templated: Sequence[bool] | None = None,
     ) -> None:
         if not texts:
             raise HeelerError("there are no texts to train the reward model on")
         self.tokenizer = tokenizer
         self.before, self.after = loading.special_tokens_around(tokenizer)
-        special = len(self.before) + len(self.after)
-        self.room = room = max_tokens - special
-        if room < 1:
+        self.templated = [False] * len(texts) if templated is None else list(templated)
+        special = 0 if all(self.templated) else len(self.before) + len(self.after)
+        self.room = max_tokens - special
+        if self.room < 1:
             raise HeelerError(
                 f"--max-tokens {max_tokens} leaves no room for a text beside the tokenizer's {special} special tokens:"
                 f" give at least {special + 1}"
@@ -155,18 +163,21 @@ class _Tokenized:
         with progress(len(texts), "tokenising", "text", show=show) as bar:
             for start in range(0, len(texts), TEXTS_AT_ONCE):
                 encoded = tokenizer(list(texts[start : start + TEXTS_AT_ONCE]), add_special_tokens=False)["input_ids"]
-                self.ids += [ids[:room] if keep == "start" else ids[-room:] for ids in encoded]
-                self.num_cut += sum(len(ids) > room for ids in encoded)
+                rooms = [max_tokens if self.templated[start + k] else self.room for k in range(len(encoded))]
+                for ids, room in zip(encoded, rooms, strict=True):
+                    self.ids.append(ids[:room] if keep == "start" else ids[-room:])
+                    self.num_cut += len(ids) > room
                 bar.update(len(encoded))
 
     def row(self, i: int, start: int = 0, length: int | None = None) -> list[int]:
         """Text `i` from token `start`, `length` tokens with the special ones; all of it where None."""
-        end = None if length is None else start + max(length - len(self.before) - len(self.after), 0)
-        return [*self.before, *self.ids[i][start:end], *self.after]
+        before, after = ([], []) if self.templated[i] else (self.before, self.after)
+        end = None if length is None else start + max(length - len(before) - len(after), 0)
+        return [*before, *self.ids[i][start:end], *after]
 
     @property
     def num_tokens(self) -> int:
-        return sum(len(ids) + len(self.before) + len(self.after) for ids in self.ids)
+        return sum(len(self.row(i)) for i in range(len(self.ids)))
 
     def digest(self, also: Tensor) -> str:
         """Of the tokens, and of what is known about each text."""
@@ -227,7 +238,10 @@ class PreferencePairs:
 
     def __init__(self, pairs: Sequence[Preference], tokenizer: Any, max_tokens: int = 512, show: bool = False) -> None:
         texts = [text for pair in pairs for text in (pair.chosen, pair.rejected)]
-        self.texts = _Tokenized(texts, tokenizer, max_tokens, keep="end", show=show)  # the completion is what differs
+        templated = [pair.templated for pair in pairs for _ in (0, 1)]
+        self.texts = _Tokenized(  # the completion is what differs
+            texts, tokenizer, max_tokens, keep="end", show=show, templated=templated
+        )
         for i, pair in enumerate(pairs):
             if self.texts.ids[2 * i] == self.texts.ids[2 * i + 1]:
                 raise HeelerError(f"{pair.where or f'pair {i + 1}'}: {self._why_equal(pair)}")

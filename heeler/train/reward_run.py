@@ -13,6 +13,7 @@ import torch
 import tyro
 
 from heeler.data.preferences import Preference, check_disjoint, load_labels, load_preferences, split_by_prompt
+from heeler.data.prompts import without_template
 from heeler.data.tables import named_rows
 from heeler.policies import loading
 from heeler.runtime.configs import from_json, to_json
@@ -157,9 +158,11 @@ def _load(
     shares = {"train": 1 - task.eval_share, "held_out": task.eval_share}
     parts: Mapping[str, Any]
     if "chosen" in rows[0]:
-        pairs = load_preferences(rows, max_tokens=None, name=name)
+        pairs = load_preferences(rows, tokenizer, max_tokens=None, name=name)
+        if any(not isinstance(pair.prompt, str) and not pair.templated for pair in pairs):
+            say(without_template(f"the model {task.training.model}"), show)
         if held_out:
-            others = load_preferences(held_out, max_tokens=None, name=task.eval_data or "the held-out data")
+            others = load_preferences(held_out, tokenizer, max_tokens=None, name=task.eval_data or "the held-out data")
             parts = {"train": pairs, "held_out": others}
             check_disjoint({part: [_identity(p) for p in of] for part, of in parts.items()})
         else:

@@ -66,7 +66,10 @@ def test_files(tmp_path: Path) -> None:
         ({"chosen": [YO]}, "one side is a string and the other messages"),
         ({"chosen": [YO], "rejected": [NO]}, "do not begin alike, and it has no prompt of messages"),
         ({"chosen": [HI, YO], "rejected": [HI]}, "the rejected side is empty"),
-        ({"chosen": [HI, {**YO, "content": None}], "rejected": [HI, NO]}, "content is not a string"),
+        (
+            {"chosen": [HI, {**YO, "content": None}], "rejected": [HI, NO]},
+            "the content of message 2 is null: give it one",
+        ),
         ({"prompt": [7]}, "a prompt is a string or a list of messages"),
         ({"margin": math.inf}, "the margin inf is no finite number"),
         ({"margin": "nan"}, "the margin 'nan' is no finite number"),

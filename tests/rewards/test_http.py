@@ -368,14 +368,17 @@ def test_a_served_classifier_scores_like_itself(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "rm")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
     tokenizer.save_pretrained(tmp_path / "rm")
     direct = load_reward(str(tmp_path / "rm"))
-    samples = samples_of(["a film ", "b", "c"], ["that is good", "bad", "so so"])
+    chat = [{"role": "user", "content": "b"}]
+    samples = samples_of(["a film ", chat, "<user>b<assistant>"], ["that is good", "bad", "bad"])
     with served(direct) as server:
         output, expected = quick(server.url)(samples), direct(samples)
     torch.testing.assert_close(output.scores, expected.scores)
     torch.testing.assert_close(output.components["probability"], expected.components["probability"])
-    assert len(set(output.scores.tolist())) == 3
+    first, *same = output.scores.tolist()
+    assert same[0] == pytest.approx(same[1], abs=1e-4) and first != pytest.approx(same[0], abs=1e-2)
 
 
 @pytest.mark.parametrize(
@@ -392,6 +395,8 @@ def test_a_served_classifier_scores_like_itself(tmp_path: Path) -> None:
         ({"prompts": ["a"], "completions": ["a"], "columns": [1]}, "columns must be an object"),
         ({"prompts": ["a"], "completions": [1]}, "entry 1 of 'completions' must be a string"),
         ({"prompts": [["a"]], "completions": ["a"]}, "entry 1 of 'prompts' must be a string or a list of messages"),
+        ({"prompts": [[{"role": "user", "content": None}]], "completions": ["a"]}, "role and content, both strings"),
+        ({"prompts": [[{"content": "a"}]], "completions": ["a"]}, "with role and content, both strings"),
         ({"prompts": ["a"], "completions": ["a"], "truncated": [1]}, "entry 1 of 'truncated' must be true or false"),
         ({"prompts": ["a"], "completions": ["a"], "completion_ids": [1]}, "must be a list of integers"),
     ],
