@@ -13,14 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from heeler.policies.attention import use_fast_attention
-from heeler.policies.language_model import LanguageModelPolicy, TopLayers, ValueHead
+from heeler.policies.inputs import TokenInputs
+from heeler.policies.language_model import LanguageModelPolicy, LoRA, TopLayers, ValueHead
 from heeler.policies.loading import context_length, load_causal_lm, load_tokenizer
 from heeler.rollout.engines.batch import PART_TOKENS, similar_lengths
 from heeler.rollout.engines.draws import cut, draw_seed, first_beyond, sample
 from heeler.rollout.engines.hf import HFEngine
 from heeler.rollout.engines.native import NativeEngine
 from heeler.rollout.engines.packing import Blocks, library_for
-from heeler.rollout.text import final_states, pack, prompts_of_update
+from heeler.rollout.text import final_states, pack, prompts_of_update, sample_rollout
 from heeler.types import Completion, HeelerError, Request, Sampling
 from tests.marks import needs_packing
 from tests.tiny import ARCHITECTURES, save_tiny_model
@@ -119,6 +120,16 @@ def test_a_request_samples_the_same_whatever_shares_its_batch(tiny_llama: str) -
     alone = [engine.generate([request], sampling)[0] for request in requests()]
     same(together, alone)
     assert [list(c.tokens) for c in engine.generate(requests(seed=1), sampling)] != [list(c.tokens) for c in together]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_the_token_that_pads_is_read_like_any_other(architecture: str, tmp_path: Path) -> None:
+    """Prompts are padded on the left with 0; of these two begin with it, and completions may hold it."""
+    engine = NativeEngine(model_that_stops(save_tiny_model(tmp_path, architecture)), eos_ids=range(1, 30))
+    prompts = [[0, 0, 7], [9], [0, 11, 0, 13, 14, 15], [20, 0], [30, 31, 32, 33]]
+    many = [Request(prompt=prompt, seed=draw_seed(2, i)) for i, prompt in enumerate(prompts)]
+    sampling = Sampling(max_new_tokens=10)
+    same(engine.generate(many, sampling), [engine.generate([request], sampling)[0] for request in many])
 
 
 def test_logprobs_and_states_equal_the_trainers(tiny_llama: str) -> None:
@@ -265,15 +276,21 @@ def test_packed_weights_sample_the_same(architecture: str, tmp_path: Path) -> No
 
 
 @needs_packing
-def test_packed_rows_leave_together_and_are_packed_anew(tiny_llama: str) -> None:
+@pytest.mark.parametrize("library", ["mkl", "onednn"])
+def test_packed_rows_leave_together_and_are_packed_anew(tiny_llama: str, library: str) -> None:
+    """Where blocks fit one number of rows; where they fit any, they stay, and read the prompts too."""
+    if library == "mkl" and not torch.backends.mkl.is_available():
+        pytest.skip("this torch has no MKL")
     engine = NativeEngine(model_that_stops(tiny_llama), eos_ids=range(60))
     rows = packed_rows(engine)
     many = [Request(prompt=[3, 4 + i], seed=i) for i in range(32)]
-    engine.generate(many, Sampling(max_new_tokens=24))
-    sizes = [n for i, n in enumerate(rows) if n and (i == 0 or rows[i - 1] != n)]
-    assert 24 < sizes[0] <= 32 and len(sizes) > 1 and all(b <= 0.75 * a for a, b in pairwise(sizes))
-    rows.clear()
-    engine.generate(many, Sampling(max_new_tokens=5))
+    with mock.patch("heeler.rollout.engines.packing.library_for", return_value=library):
+        engine.generate(many, Sampling(max_new_tokens=24))
+        sizes = [n for i, n in enumerate(rows) if n and (i == 0 or rows[i - 1] != n)]
+        assert 24 < sizes[0] <= 32 and all(b <= 0.75 * a for a, b in pairwise(sizes))
+        assert (len(sizes) > 1) == (library == "mkl")
+        rows.clear()
+        engine.generate(many, Sampling(max_new_tokens=5))
     assert not any(rows)  # too few steps to be worth it
 
 
@@ -399,6 +416,49 @@ def test_publish_is_a_transaction_that_moves_the_samples(tiny_llama: str) -> Non
     assert after[0].version == 7
     same(after, NativeEngine(policy.export_model(), eos_ids=[]).generate(requests(), Sampling(max_new_tokens=8)))
     assert any(not torch.allclose(a.logprobs[:1], b.logprobs[:1]) for a, b in zip(after, before, strict=True))
+
+
+def test_adapters_reach_the_engine(tiny_llama: str) -> None:
+    """Published as whole weights: the engine's log-probabilities are the adapted policy's, and were not before."""
+    policy = LanguageModelPolicy(load_causal_lm(tiny_llama), trainable=LoRA(rank=2), critic=ValueHead())
+    engine = NativeEngine(policy.engine_model, eos_ids=[])
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in policy.parameter_groups()[0]["params"]:
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    for published in (False, True):
+        if published:
+            engine.begin()
+            engine.load(policy.published())
+            engine.commit(1)
+        completions = engine.generate(requests(), Sampling(max_new_tokens=8))
+        trained = policy.score(pack(PROMPTS, completions, policy.device))[0].logprobs
+        gap = float((torch.cat([c.logprobs for c in completions]) - trained).abs().mean())
+        assert gap < 1e-4 if published else gap > 1e-2
+
+
+def test_the_tokens_that_were_drawn_are_kept_whatever_their_text_says(tiny_llama: str) -> None:
+    """Halves of a character: their text, read again, would be other tokens."""
+    from heeler.data.prompts import load_prompts
+
+    tokenizer = load_tokenizer(tiny_llama)
+    half = tokenizer("é", add_special_tokens=False)["input_ids"][0]
+    drawn = [half, half, 5]
+
+    class Halves:
+        def generate(self, requests: Any, sampling: Any) -> list[Completion]:
+            logprobs = torch.zeros(3)
+            return [Completion(tokens=drawn, logprobs=logprobs, finish_reason="length", version=0) for _ in requests]
+
+    engine: Any = Halves()
+    prompts = load_prompts(["ab", "c"], tokenizer, max_tokens=None)
+    rollout = sample_rollout(
+        engine, tokenizer, prompts, [0, 1], [0, 0], [1, 2], Sampling(max_new_tokens=3), torch.device("cpu")
+    )
+    assert tokenizer(rollout.completions[0], add_special_tokens=False)["input_ids"] != drawn
+    assert rollout.actions.tolist() == 2 * drawn
+    assert isinstance(rollout.inputs, TokenInputs)
+    assert rollout.inputs.tokens[rollout.inputs.is_decision].tolist() == 2 * drawn
 
 
 def test_unknown_weights_are_refused(tiny_llama: str) -> None:

@@ -15,7 +15,7 @@ from heeler.rollout.engines.weights import WeightReceiver
 from heeler.types import Completion, Request, Sampling
 
 LEAVE_FRACTION = 0.125  # finished rows are dropped once they are this share of the batch: dropping copies the cache
-LEAVE_FRACTION_PACKED = 0.25  # and where the weights are packed for the number of rows: they are then packed anew
+LEAVE_FRACTION_PACKED = 0.25  # and where the weights must be packed anew for another number of rows
 
 LOOK_EVERY = 8  # steps between two looks at what was drawn, where a look makes the host wait for the device
 
@@ -192,7 +192,7 @@ class Draws:
 
     def enough_to_leave(self, rows: Tensor) -> bool:
         """Whether the ended ones of `rows` are worth the copy of the cache without them, and packing anew."""
-        if self.engine.packing.rows != len(rows):
+        if self.engine.packing.fits_any or self.engine.packing.rows != len(rows):
             return self.enough_to_join(rows)
         ended = float(self.finished[rows].float().mean())
         return ended >= LEAVE_FRACTION_PACKED and self.steps_left(rows) >= WORTH_STEPS

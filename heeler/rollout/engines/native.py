@@ -158,6 +158,8 @@ class NativeEngine(BatchEngine):
         """Draw all tokens of the requests."""
         waiting = by_length(requests)
         pool: Pool | None = None
+        if self.packing.fits_any:  # prompts are read with the blocks too
+            self.packing.fit(min(len(waiting), self.max_rows), draws.cap - 1)
         while waiting or pool is not None:
             if pool is None:
                 chosen, waiting = waiting[: self.max_rows], waiting[self.max_rows :]

@@ -1,10 +1,11 @@
 """Linear layers whose weights are laid out once for all products of a sampling run.
 
 A library of matrix products copies a weight matrix into blocks of its own at every product. With few rows that copy
-takes longer than the product. Sampling multiplies the same weights by the same number of rows at every step, so the
-blocks are made once, kept while a pool of that many rows is sampled, and dropped with it: new weights cannot meet old
-blocks. MKL is the fastest in float32 on Intel's processors and slower than no blocks at all on AMD's; oneDNN takes
-bf16, and float32 elsewhere. Measured: docs/benchmarks/decoding_parts.md.
+takes longer than the product. Sampling multiplies the same weights at every step, so the blocks are made once and
+dropped when it ends: new weights cannot meet old blocks. MKL is the fastest in float32 on Intel's processors and slower
+than no blocks at all on AMD's; its blocks fit one number of rows, so they are made anew when rows leave. oneDNN takes
+bf16, and float32 elsewhere; its blocks fit any number of rows, those of prompts too. Measured:
+docs/benchmarks/decoding_parts.md.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 WORTH_STEPS = 8  # making the blocks costs about as much as three to five steps gain
-MOST_ROWS = 256  # beyond, the copy hardly counts
+MOST_ROWS = 256  # beyond, MKL's copy hardly counts
 
 
 Library = Literal["mkl", "onednn"]
@@ -47,12 +48,12 @@ def library_for(weight: Tensor) -> Library | None:
 
 
 class Blocks:
-    """A weight laid out for products with `rows` rows.
+    """A weight laid out for products.
 
     Args:
         weight: `[outputs, inputs]`, contiguous.
         bias: `[outputs]` or None.
-        rows: of the inputs.
+        rows: of the inputs, where the library asks for it.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, rows: int) -> None:
@@ -63,15 +64,19 @@ class Blocks:
         else:
             self.blocks = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
 
+    def take(self, x: Tensor) -> bool:
+        """Whether they fit the rows of `x [..., inputs]`."""
+        return self.library == "onednn" or x.numel() == self.rows * x.shape[-1]
+
     def __call__(self, x: Tensor) -> Tensor:
-        """`[..., outputs]` from `[..., inputs]`, `rows` rows."""
+        """`[..., outputs]` from `[..., inputs]`."""
         if self.library == "mkl":
             return torch.ops.mkl._mkl_linear(x, self.blocks, self.shape, self.bias, self.rows)
         return torch.ops.mkldnn._linear_pointwise(x, self.blocks, self.bias, "none", [], "")
 
 
 class _Packed:
-    """A layer that has blocks of its weight for inputs of `rows` rows, and is an ordinary layer for all others."""
+    """A layer that has blocks of its weight, and is an ordinary layer for inputs that they do not fit."""
 
     blocks: Blocks | None = None
     weight: Tensor
@@ -85,7 +90,7 @@ class _Packed:
         self.blocks = Blocks(self.matrix().contiguous(), self.bias, rows)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.blocks is None or x.numel() != self.blocks.rows * x.shape[-1]:
+        if self.blocks is None or not self.blocks.take(x):
             return super().forward(x)  # pyright: ignore
         return self.blocks(x)
 
@@ -121,6 +126,10 @@ class Joined:
         self.blocks: Blocks | None = None
         self.outputs = [layer.out_features for layer in layers]
 
+    def matrix(self) -> Tensor:
+        """The first layer's weight."""
+        return self.layers[0].weight.detach()
+
     def pack(self, rows: int) -> None:
         weights = [layer.weight.detach() for layer in self.layers]
         weight = torch.cat(weights) if len(weights) > 1 else weights[0].contiguous()
@@ -131,14 +140,14 @@ class Joined:
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[rows, outputs of all]` from `[rows, inputs]`."""
-        if self.blocks is not None and len(x) == self.blocks.rows:
+        if self.blocks is not None and self.blocks.take(x):
             return self.blocks(x)
         parts = self.each(x)
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
     def each(self, x: Tensor) -> list[Tensor]:
         """`[rows, outputs]` of each layer: views of the packed product, or plain products that nobody joins."""
-        if self.blocks is not None and len(x) == self.blocks.rows:
+        if self.blocks is not None and self.blocks.take(x):
             return list(self(x).split(self.outputs, dim=-1))
         return [nn.functional.linear(x, layer.weight, layer.bias) for layer in self.layers]
 
@@ -159,7 +168,7 @@ class Packing:
     """The blocks of what multiplies the rows of a step; they live inside a `with` block at most.
 
     Attributes:
-        layers: that are packed; all can be.
+        layers: that are packed; all can be, by one library.
         rows: for which they are packed, or 0.
     """
 
@@ -167,12 +176,17 @@ class Packing:
         self.layers: Sequence[_Packed | Joined] = []
         self.rows = 0
 
+    @property
+    def fits_any(self) -> bool:
+        """Whether blocks fit any number of rows."""
+        return bool(self.layers) and library_for(self.layers[0].matrix()) == "onednn"
+
     def fit(self, rows: int, steps: int) -> None:
         """Have blocks for products of `rows` rows where the `steps` to come are worth it, else none."""
-        if rows == self.rows:
+        if rows == self.rows or (self.rows and self.fits_any):
             return
         self.release()
-        if steps >= WORTH_STEPS and 2 < rows <= MOST_ROWS and self.layers:
+        if steps >= WORTH_STEPS and rows > 2 and (rows <= MOST_ROWS or self.fits_any) and self.layers:
             for layer in self.layers:
                 layer.pack(rows)
             self.rows = rows
