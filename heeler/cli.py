@@ -14,7 +14,7 @@ from heeler.types import HeelerError
 HELP = """heeler: PPO for language models, control and games
 
   heeler ppo imdb                       a real 135M model learns to continue movie reviews positively
-  heeler ppo translate                  a small T5, fine-tuned and then rewarded by chrF and BLEU
+  heeler ppo translate [--data F]       a small T5, fine-tuned and then rewarded by chrF and BLEU
   heeler ppo lm --model M --prompts F --reward module:function
                                         your model, your prompts, your reward
   heeler ppo dialogue --model M --prompts F --env module:Name
@@ -23,9 +23,11 @@ HELP = """heeler: PPO for language models, control and games
   heeler ppo cartpole                   tuned recipes: acrobot, mountaincar, pendulum, lunarlander,
                                         lunarlander-continuous, bipedalwalker, halfcheetah, hopper, walker2d, ant,
                                         swimmer, pong, breakout
-  heeler ppo arithmetic | qa            fine-tuning, then PPO with a verifier: Reasoning Gym, questions
+  heeler ppo arithmetic | qa [--data F] fine-tuning, then PPO with a verifier: Reasoning Gym, questions, or yours
   heeler ppo calculator                 the same in dialogues: sums, and a calculator to call
   heeler rlhf imdb                      fine-tuning, a reward model from preferences, PPO
+  heeler rlhf lm --model M --demonstrations F --preferences F --prompts F
+                                        the same on your own files
   heeler sft --model M --data F         supervised fine-tuning on prompts and completions, chats or texts
   heeler reward --model M --data F      a reward model from preferences (chosen, rejected) or labels
   heeler reward imdb [--full]           the reward model of the recipe
@@ -212,7 +214,12 @@ def _json_object(text: str, flag: str) -> dict[str, Any]:
 
 
 def _rlhf(words: list[str]) -> int:
-    _, rest = _recipe("rlhf", words, ("imdb",))
+    recipe, rest = _recipe("rlhf", words, ("imdb", "lm"))
+    if recipe == "lm":
+        from heeler.recipes.rlhf_lm import RLHFLM, run_rlhf_lm
+
+        run_rlhf_lm(_parse(RLHFLM, rest, "heeler rlhf lm"))
+        return 0
     from heeler.recipes.rlhf import RLHF, run_rlhf
 
     run_rlhf(_parse(RLHF, rest, "heeler rlhf imdb"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 
 from heeler import cli, load_text_run
 from heeler.cli import main
-from heeler.policies.loading import load_causal_lm, load_tokenizer
+from heeler.policies.loading import load_causal_lm, load_classifier, load_tokenizer
+from heeler.rewards.classifier import ClassifierReward
 from heeler.rollout.engines.native import NativeEngine
-from heeler.runtime.runs import RunFolder
+from heeler.runtime.runs import RunFolder, read_json
+from heeler.train.text import build_text_run
 from tests.tiny import save_tiny_model
 
 REWARD = "def score(prompts, completions, answer, **_): return [float(len(c)) for c in answer]"
@@ -197,8 +200,84 @@ def test_a_run_on_chats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert [tokenizer.decode(prompt) for prompt in read] == ["u:hi;a:"]  # the template was exported too
 
 
+@pytest.mark.parametrize(
+    ("words", "function", "options"),
+    [
+        ("ppo qa --questions trivia --epochs 2 --updates 3", "tasks.run_qa", {"questions": "trivia", "epochs": 2.0}),
+        ("ppo qa --data F --eval-data G --updates 3", "tasks.run_qa", {"data": "F", "eval_data": "G"}),
+        ("ppo arithmetic --task syllogism --updates 3", "tasks.run_arithmetic", {"task": "syllogism", "data": None}),
+        ("ppo arithmetic --data F --model M --updates 3", "tasks.run_arithmetic", {"task": None, "model": "M"}),
+        ("ppo calculator --examples 5 --updates 3", "calculator.run_calculator", {"examples": 5, "eval_prompts": 256}),
+        ("ppo translate --data F --width 64 --updates 3", "translate.run_translate", {"data": "F", "width": 64}),
+        ("rlhf imdb --pairs 50 --words 4 --updates 3", "rlhf.run_rlhf", {"pairs": 50, "words": 4}),
+        (
+            "rlhf lm --model M --demonstrations D --preferences F --prompts P --judges vader words=m:f --updates 3",
+            "rlhf_lm.run_rlhf_lm",
+            {"demonstrations": "D", "preferences": "F", "prompts": "P", "judges": ("vader", "words=m:f")},
+        ),
+    ],
+)
+def test_recipes_are_dispatched_with_their_options(
+    words: str, function: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[Any] = []
+    monkeypatch.setattr(f"heeler.recipes.{function}", called.append)
+    assert main([*words.split(), "--seed", "7", "--threads", "1", "--out", "run"]) == 0
+    (recipe,) = called
+    common = {"seed": 7, "threads": 1, "out": "run", "updates": 3}
+    assert {**options, **common}.items() <= vars(recipe).items()
+
+
+def test_each_stage_starts_from_the_one_before(
+    tiny_llama: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`heeler sft`, `heeler reward` and `heeler ppo lm` by their run folders alone: the weights and the scores are
+    those of the stage before."""
+    monkeypatch.chdir(tmp_path)
+    couples = [(a, b) for a in "abcd" for b in "efg"]
+    files = {
+        "demonstrations": [{"prompt": a + b, "completion": f" {b}{a}."} for a, b in couples],
+        "preferences": [{"prompt": a + b, "chosen": f" {b}!", "rejected": f" {a}?"} for a, b in couples],
+        "prompts": [{"prompt": f"{a}{b}x"} for a, b in couples],
+        "held_out": [{"prompt": f"{a}{b}y"} for a, b in couples],
+    }
+    for name, rows in files.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    usual = ["--threads", "1", "--precision", "fp32"]
+    assert main(["sft", "--model", tiny_llama, "--data", "demonstrations.jsonl", "--out", "runs/sft", "--updates", "4",
+                 "--lr", "0.01", *usual, "trainable:full"]) == 0  # fmt: skip
+    assert main(["reward", "--model", "runs/sft", "--data", "preferences.jsonl", "--eval-share", "0.3",
+                 "--out", "runs/rm", *usual]) == 0  # fmt: skip
+    assert main(["ppo", "lm", "--model", "runs/sft", "--reward", "runs/rm", "--prompts", "prompts.jsonl",
+                 "--eval-prompts", "held_out.jsonl", "--updates", "2", "--prompts-per-update", "4", "--lr", "0.01",
+                 "--sampling.max-new-tokens", "4", "--out", "runs/lm", *usual, "trainable:full"]) == 0  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "a reward: heeler ppo lm --reward runs/rm" in printed and "Held-out prompts: 12" in printed
+    base, tuned, trained = (load_causal_lm(path) for path in (tiny_llama, "runs/sft", "runs/lm"))
+    assert not equal_weights(base, tuned) and not equal_weights(tuned, trained)
+    scorer = load_classifier("runs/rm").base_model
+    assert distance(scorer, tuned.base_model) < 0.5 * distance(scorer, base.base_model)
+    run = load_text_run("runs/lm")
+    examples = read_json(tmp_path / "runs/lm/summary.json")["eval/examples"]
+    for model in ("runs/sft/policy", tiny_llama):  # what PPO began with wrote the texts before, and no other model
+        evaluated = build_text_run(replace(run.config, model=model, prompts="")).evaluate()
+        wrote = evaluated.completions[:8] == [example["before"] for example in examples]
+        assert wrote == (model != tiny_llama)
+    texts = [example["prompt"] + example["after"] for example in examples]
+    reward = ClassifierReward("runs/rm")
+    scores = reward.scale * reward.logits(texts) + reward.shift
+    assert scores.tolist() == pytest.approx([example["reward/after"] for example in examples], abs=1e-3)
+
+
+@torch.no_grad()
+def distance(a: Any, b: Any) -> float:
+    return sum(float((x - y).square().sum()) for x, y in zip(a.parameters(), b.parameters(), strict=True)) ** 0.5
+
+
 def test_help_of_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["ppo", "--help"], ["ppo", "lm", "--help"], ["ppo", "imdb", "--help"], ["reward", "imdb", "--help"],
+                  ["ppo", "qa", "--help"], ["ppo", "arithmetic", "--help"], ["ppo", "translate", "--help"],
+                  ["ppo", "calculator", "--help"], ["rlhf", "imdb", "--help"], ["rlhf", "lm", "--help"],
                   ["resume", "--help"], ["eval", "--help"], ["sample", "--help"]):  # fmt: skip
         with pytest.raises(SystemExit) as stop:
             main(words)

@@ -26,16 +26,15 @@ from heeler.data.reviews import Part, package_folder, review_openings, reviews
 from heeler.policies.inputs import TokenInputs
 from heeler.policies.language_model import TopLayers
 from heeler.policies.loading import load_causal_lm, load_tokenizer
-from heeler.policies.logprobs import token_logprobs
+from heeler.policies.logprobs import logprobs_alone
 from heeler.ppo.advantages import AdvantageConfig
 from heeler.ppo.kl import FixedKL
 from heeler.ppo.minibatches import budgeted_microbatches
 from heeler.ppo.schedules import Schedule
 from heeler.ppo.update import PPOConfig
 from heeler.recipes.imdb import imdb_reward_model, smollm2_folder
-from heeler.recipes.stages import claim, figures_of, finish, ppo_stage, reward_stage, sft_stage, write_rows
+from heeler.recipes.stages import claim, train_chain, write_rows
 from heeler.rewards.classifier import ClassifierReward
-from heeler.runtime.progress import say
 from heeler.train.reward import RewardConfig
 from heeler.train.reward_run import RewardTask
 from heeler.train.run import at_least
@@ -46,7 +45,7 @@ from heeler.types import Sampling
 
 @dataclass(frozen=True, kw_only=True)
 class RLHF:
-    """Fine-tuning, a reward model from preferences, PPO.
+    """Fine-tuning, a reward model from preferences, PPO, on movie reviews. On files of your own: heeler rlhf lm.
 
     Attributes:
         out: the folder of all stages; runs/rlhf where None.
@@ -104,20 +103,15 @@ def run_rlhf(recipe: RLHF, show: bool = True) -> Path:
     out = claim(recipe.out, "rlhf", recipe)
     model = str(smollm2_folder(show))
     judge, _ = imdb_reward_model(show=show)
-    say("1. fine-tuning on reviews", show)
-    sft_stage(
-        SFTConfig(
-            model=model,
-            data=write_rows(out / "data" / "reviews.jsonl", continuations(recipe)),
-            out=str(out / "sft"),
-            seed=recipe.seed,
-            trainable=TopLayers(layers=10),
-            lr=1e-4,
-            threads=recipe.threads,
-        ),
-        show,
+    sft = SFTConfig(
+        model=model,
+        data=write_rows(out / "data" / "reviews.jsonl", continuations(recipe)),
+        out=str(out / "sft"),
+        seed=recipe.seed,
+        trainable=TopLayers(layers=10),
+        lr=1e-4,
+        threads=recipe.threads,
     )
-    say("2. a reward model from preferences", show)
     rows = write_rows(out / "data" / "preferences.jsonl", preferences(recipe, "reward", recipe.pairs))
     others = write_rows(out / "data" / "preferences-held-out.jsonl", preferences(recipe, "validation", 1000))
     training = RewardConfig(
@@ -127,8 +121,7 @@ def run_rlhf(recipe: RLHF, show: bool = True) -> Path:
         seed=recipe.seed,
         threads=recipe.threads,
     )
-    reward = reward_stage(RewardTask(data=rows, eval_data=others, out=str(out / "reward"), training=training), show)
-    say("3. PPO", show)
+    task = RewardTask(data=rows, eval_data=others, out=str(out / "reward"), training=training)
     train = review_openings("prompts", 4000, recipe.words)
     held_out = review_openings("test", recipe.eval_prompts, recipe.words)
     config = TextConfig(
@@ -156,12 +149,8 @@ def run_rlhf(recipe: RLHF, show: bool = True) -> Path:
         advantage=AdvantageConfig(gamma=1.0, lam=0.95),
         ppo=PPOConfig(epochs=2, minibatches=2),
     )
-    base = figures_of(model, config, out / "base.json", show)
-    ppo = ppo_stage(config, show)
-    stages = {"base": base, "SFT": ppo["eval/before"], "SFT+PPO": ppo["eval/after"]}
     keep = ("sentiment", "vader", "words", "reward", "nats", "distinct_2", "duplicates", "length", "kl/ref")
-    finish(out, stages, keep, {"reward_model": reward["eval/after"], "judge": str(judge)})
-    return out
+    return train_chain(out, sft, task, config, keep, show, judge=str(judge))
 
 
 @lru_cache(maxsize=1)
@@ -198,7 +187,7 @@ def nats(prompts: Any, completions: Any, **columns: Any) -> list[float]:
     for items in budgeted_microbatches(torch.arange(len(after)), inputs.costs, 4096):
         rows = inputs.select(items).padded()
         hidden = model.base_model(input_ids=rows.ids, use_cache=False).last_hidden_state[rows.rows, rows.columns]
-        logprobs, _ = token_logprobs(hidden, model.get_output_embeddings().weight, rows.tokens)
+        logprobs = logprobs_alone(hidden, model.get_output_embeddings().weight, rows.tokens)
         owner = torch.repeat_interleave(items, counts[items])
         sums.index_add_(0, owner, -logprobs)
     return (sums / counts.clamp(min=1)).tolist()

@@ -45,7 +45,7 @@ def claim(folder: str | None, name: str, recipe: Any, **settings: Any) -> Path:
     """
     out = Path(folder or default_out(name))
     options = {key: value for key, value in vars(recipe).items() if key not in ("out", "threads")}
-    said = {"recipe": name, **options, **settings}
+    said = json.loads(json.dumps({"recipe": name, **options, **settings}))  # as it is read again: tuples are lists
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -66,7 +66,8 @@ def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> str:
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
         aside = file.with_name(file.name + ".partial")
-        aside.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        lines = [json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows]
+        aside.write_text("".join(lines), encoding="utf-8")
         aside.rename(file)
     return str(file)
 
@@ -178,6 +179,32 @@ def greedy_figures(model: str, config: TextConfig, file: Path, show: bool = True
         figures |= {f"{name}/greedy": float(judge(samples).scores.mean()) for name, judge in run.judges.items()}
         write_json(file, figures)
     return read_json(file)
+
+
+def train_chain(
+    out: Path, sft: SFTConfig, task: RewardTask, config: TextConfig, keep: Sequence[str], show: bool, **more: Any
+) -> Path:
+    """Fine-tuning, a reward model, PPO, and the figures of base model, fine-tuned and trained policy.
+
+    Args:
+        out: the recipe's folder.
+        sft: of the base model.
+        task: the reward model's.
+        config: PPO's, from the fine-tuned policy with that reward.
+        keep: figures of the table.
+        show: print progress.
+        more: written into summary.json as it is.
+    """
+    say("1. fine-tuning", show)
+    sft_stage(sft, show)
+    say("2. a reward model", show)
+    reward = reward_stage(task, show)
+    say("3. PPO", show)
+    base = figures_of(sft.model, config, out / "base.json", show)
+    ppo = ppo_stage(config, show)
+    stages = {"base": base, "SFT": ppo["eval/before"], "SFT+PPO": ppo["eval/after"]}
+    finish(out, stages, keep, {"reward_model": reward["eval/after"], **more})
+    return out
 
 
 def finish(

@@ -1,4 +1,5 @@
-"""`heeler ppo translate`: a small T5 learns to translate JupyterLab's interface from English into French.
+"""`heeler ppo translate`: a small T5 learns to translate JupyterLab's interface from English into French, or a user's
+own pairs of any two languages.
 
 1. A tokenizer is learnt on the training pairs, and a T5 of a few million weights starts from random ones.
 2. Supervised fine-tuning on the training pairs; the weights with the lowest validation loss are kept.
@@ -10,19 +11,22 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from heeler.data.translation import Pair, build_tokenizer, translation_pairs
+from heeler.data.preferences import check_disjoint
+from heeler.data.prompts import load_prompts
+from heeler.data.translation import Pair, Part, build_tokenizer, split_pairs, translation_pairs
 from heeler.policies import loading
 from heeler.policies.language_model import Full
 from heeler.ppo.advantages import AdvantageConfig
 from heeler.ppo.kl import FixedKL
 from heeler.ppo.schedules import Schedule
 from heeler.ppo.update import PPOConfig
+from heeler.recipes.own import digest, read_pairs, start_of
 from heeler.recipes.stages import claim, finish, ppo_stage, sft_stage, write_rows
 from heeler.rollout.engines.draws import GREEDY, draw_seed
 from heeler.rollout.engines.seq2seq import Seq2SeqEngine
@@ -38,16 +42,21 @@ from heeler.types import HeelerError, Request, Sampling
 
 @dataclass(frozen=True, kw_only=True)
 class Translate:
-    """Supervised fine-tuning, then PPO, on translations.
+    """Supervised fine-tuning, then PPO, on translations: English to French, or your own pairs.
 
     Attributes:
+        data: your own pairs: a file (JSONL, CSV, Parquet) or a datasets id with the columns source and target, or
+            prompt and completion; JupyterLab's texts where None.
+        eval_data: the same, held out; where None, about an eighth of the pairs of `data` is.
+        model: folder or hub id of an encoder-decoder model to start from, with --sft-lr 1e-4 or so; where None, a T5
+            with random weights and a tokenizer learnt on the pairs.
         out: the folder of all stages; runs/translate where None.
         seed: of the first weights and every draw.
         threads: CPU threads; None takes one for each core that the process may use.
         max_words: longer sources are left out.
-        vocab_size: of the tokenizer.
-        width: of the model's states (d_model); heads have 32 each.
-        layers: of the encoder, and of the decoder.
+        vocab_size: of the tokenizer that is learnt.
+        width: of the new T5's states (d_model); heads have 32 each.
+        layers: of its encoder, and of its decoder.
         sft_epochs: passes of the fine-tuning over the training pairs.
         sft_lr: its peak learning rate.
         updates: PPO updates.
@@ -56,9 +65,12 @@ class Translate:
         max_new_tokens: the longest translation.
         lr, critic_lr: of PPO.
         kl_coef: of the penalty to the fine-tuned model.
-        test_pairs: held-out pairs of the figures.
+        test_pairs: held-out pairs of the figures, at most; a file of your own counts whole.
     """
 
+    data: str | None = None
+    eval_data: str | None = None
+    model: str | None = None
     out: str | None = None
     seed: int = 0
     threads: int | None = None
@@ -86,12 +98,41 @@ def rows_of(pairs: Sequence[Pair], target: str) -> list[dict[str, str]]:
     return [{"prompt": pair.source, target: pair.target} for pair in pairs]
 
 
-def start_model(recipe: Translate, folder: Path) -> None:
+def parts_of(recipe: Translate, show: bool = True) -> Mapping[Part, Sequence[Pair]]:
+    """The pairs of training, validation and test; test has those of the figures only."""
+    if recipe.data is None:
+        if recipe.eval_data is not None:
+            raise HeelerError("--eval-data is held out of your own pairs: give them too, with --data")
+        parts = translation_pairs(recipe.max_words)
+        return {**parts, "test": parts["test"][: recipe.test_pairs]}
+    read, held_out = read_pairs(recipe.data), read_pairs(recipe.eval_data) if recipe.eval_data else []
+    own: dict[Part, list[Pair]] = split_pairs(read, recipe.max_words)
+    if recipe.eval_data is not None:
+        train, test = own["train"] + own["test"], _whole(split_pairs(held_out, recipe.max_words))
+        sources = {"--data": [*train, *own["validation"]], "--eval-data": test}
+        check_disjoint({flag: [pair.source for pair in pairs] for flag, pairs in sources.items()})
+        own["train"], own["test"] = train, test
+    left_out = len(read) + len(held_out) - len(_whole(own))
+    told = f"{left_out:,} left out, which are longer than --max-words {recipe.max_words}, repeated or untranslated"
+    for part, pairs in own.items():
+        if not pairs:
+            raise HeelerError(f"{recipe.data}: no pair is left for the part {part!r} ({told}): give more pairs")
+    if recipe.eval_data is None:
+        own["test"] = own["test"][: recipe.test_pairs]
+    counts = ", ".join(f"{len(pairs):,} for {part}" for part, pairs in own.items())
+    say(f"{len(read) + len(held_out):,} pairs: {counts}; {told}", show)
+    return own
+
+
+def _whole(parts: Mapping[Part, Sequence[Pair]]) -> list[Pair]:
+    return [pair for pairs in parts.values() for pair in pairs]
+
+
+def start_model(recipe: Translate, train: Sequence[Pair], folder: Path) -> None:
     """A tokenizer of the training pairs and a T5 with random weights, as a transformers folder."""
     require("transformers", "lm")
     from transformers import T5Config, T5ForConditionalGeneration
 
-    train = translation_pairs(recipe.max_words)["train"]
     tokenizer = build_tokenizer([text for p in train for text in (p.source, p.target)], recipe.vocab_size)
     torch.manual_seed(recipe.seed)
     model = T5ForConditionalGeneration(
@@ -116,12 +157,11 @@ def start_model(recipe: Translate, folder: Path) -> None:
     aside.rename(folder)
 
 
-def sft_config(recipe: Translate, out: Path) -> SFTConfig:
+def sft_config(recipe: Translate, parts: Mapping[Part, Sequence[Pair]], out: Path) -> SFTConfig:
     """The fine-tuning as a plain `heeler sft` run."""
-    parts = translation_pairs(recipe.max_words)
     updates = max(1, round(recipe.sft_epochs * len(parts["train"]) / 32))
     return SFTConfig(
-        model=str(out / "start"),
+        model=recipe.model or str(out / "start"),
         data=write_rows(out / "data" / "train.jsonl", rows_of(parts["train"], "completion")),
         eval_data=write_rows(out / "data" / "validation.jsonl", rows_of(parts["validation"], "completion")),
         out=str(out / "sft"),
@@ -138,13 +178,12 @@ def sft_config(recipe: Translate, out: Path) -> SFTConfig:
     )
 
 
-def text_config(recipe: Translate, out: Path) -> TextConfig:
+def text_config(recipe: Translate, parts: Mapping[Part, Sequence[Pair]], out: Path) -> TextConfig:
     """PPO as a plain `heeler ppo lm` run."""
-    parts = translation_pairs(recipe.max_words)
     return TextConfig(
         model=str(out / "sft"),
         prompts=write_rows(out / "data" / "prompts.jsonl", rows_of(parts["train"], "answer")),
-        eval_prompts=write_rows(out / "data" / "test.jsonl", rows_of(parts["test"][: recipe.test_pairs], "answer")),
+        eval_prompts=write_rows(out / "data" / "test.jsonl", rows_of(parts["test"], "answer")),
         reward="0.5*chrf + 0.5*bleu",  # chrF alone, which counts recall more, makes translations longer
         out=str(out / "ppo"),
         seed=recipe.seed,
@@ -200,18 +239,24 @@ def run_translate(recipe: Translate, show: bool = True) -> Path:
     at_least({"--test-pairs": (recipe.test_pairs, 1), "--max-new-tokens": (recipe.max_new_tokens, 1)})
     if recipe.width < 1 or recipe.width % HEAD_WIDTH:
         raise HeelerError(f"--width {recipe.width} must be a multiple of {HEAD_WIDTH}, the width of an attention head")
-    out = claim(recipe.out, "translate", recipe)
-    if not (out / "start" / "config.json").exists():
-        start_model(recipe, out / "start")
-    sft = sft_stage(sft_config(recipe, out), show)
+    at_least({"--updates": (recipe.updates, 1), "--sft-epochs": (recipe.sft_epochs, 0)})
+    parts = parts_of(recipe, show)
+    if recipe.model is not None:
+        start = start_of(recipe.model, seq2seq=True)
+        room = start.room(recipe.max_new_tokens)
+        load_prompts(rows_of(_whole(parts), "answer"), start.tokenizer, max_tokens=room, name="the sources")
+    settings = {} if recipe.data is None else {"data_digest": digest([vars(pair) for pair in _whole(parts)])}
+    out = claim(recipe.out, "translate", recipe, **settings)
+    if recipe.model is None and not (out / "start" / "config.json").exists():
+        start_model(recipe, parts["train"], out / "start")
+    sft = sft_stage(sft_config(recipe, parts, out), show)
     say(f"fine-tuned: validation loss {sft['eval/after']['loss']:.3f} nats a token", show)
-    ppo = ppo_stage(text_config(recipe, out), show)
-    pairs = translation_pairs(recipe.max_words)["test"][: recipe.test_pairs]
+    ppo = ppo_stage(text_config(recipe, parts, out), show)
     stages: dict[str, dict[str, float]] = {}
     for name, folder, when in (("SFT", "sft", "before"), ("SFT+PPO", "ppo", "after")):
         file = out / f"corpus_{folder}.json"
         if not file.exists():
-            write_json(file, corpus_figures(str(out / folder), pairs, recipe.max_new_tokens, recipe.seed))
+            write_json(file, corpus_figures(str(out / folder), parts["test"], recipe.max_new_tokens, recipe.seed))
         stages[name] = {**ppo[f"eval/{when}"], **read_json(file)}
     keep = ("reward", "sampled/chrf", "greedy/chrf", "sampled/bleu", "greedy/bleu", "length", "kl/ref")
     finish(out, stages, keep, {"validation": sft["eval/after"]})
