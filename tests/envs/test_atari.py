@@ -55,6 +55,29 @@ def test_the_final_frames_of_a_game_are_those_of_its_last_step():
     assert (same[end].observations != final).any()  # that is the next game's first
 
 
+@pytest.mark.parametrize("backend", MODES, ids=str)
+def test_games_begin_after_random_no_ops(backend):
+    """The first frames of several environments are apart, and are not where no no-op is taken."""
+
+    def first(backend):
+        env = make_vector(EnvConfig(id="ALE/Breakout-v5", num_envs=6, backend=backend), 0)
+        observations, _ = env.reset(0)
+        env.close()
+        return {frame.tobytes() for frame in observations[:, -1]}
+
+    assert len(first(backend)) > 2 and len(first(replace(backend, noop_max=0))) == 1
+
+
+@pytest.mark.parametrize("backend", MODES, ids=str)
+def test_games_that_wait_for_fire_are_started(backend):
+    """Whoever only waits loses Breakout's five lives if the ball is served, and none if it is not."""
+    env = make_vector(EnvConfig(id="ALE/Breakout-v5", num_envs=1, backend=backend), 0)
+    env.reset(0)
+    steps = [env.step(np.zeros(1, np.int64)) for _ in range(40)]
+    env.close()
+    assert any(step.lost_life.any() for step in steps)
+
+
 def test_without_life_is_episode_nothing_is_cut():
     _, taken = play(replace(MODES[0], life_is_episode=False), 200)
     assert all(step.lost_life is None for step in taken)
@@ -87,7 +110,7 @@ def test_a_whole_update_of_the_recipe(name, tmp_path):
     )  # fmt: skip
     run = train_gym(config, show=False)
     assert run.state.decisions == 32 and run.policy.observations.images == (("image", (4, 84, 84)),)
-    assert run.config.env.id == f"ALE/{name.capitalize()}-v5"
+    assert run.config.env.id == f"ALE/{name.capitalize()}-v5" and run.policy.critic is run.policy.actor
     row = run.folder.metrics()[-1]
     assert row["grad_norm"] > 0 and math.isfinite(row["policy/loss"]) and row["policy/entropy"] > 0
 

@@ -94,6 +94,35 @@ def test_gradients_equal_plain_autograd(tiny_llama: str, way: Trainable) -> None
         torch.testing.assert_close(gradient, plain[name], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_the_token_that_pads_is_read_like_any_other(architecture: str, tmp_path: Path) -> None:
+    """Rows are padded with 0, here the end of sequence too: it begins a prompt, stands inside and ends a sequence."""
+    policy = LanguageModelPolicy(
+        load_causal_lm(save_tiny_model(tmp_path, architecture)), trainable=TopLayers(layers=1), critic=ValueHead()
+    )
+    shake(policy)
+    tokens = sequences().tokens.clone()
+    tokens[[0, 1, 6, 7, 10, 11, 13, 17, 19]] = 0
+    inputs = replace(sequences(), tokens=tokens)
+    with torch.no_grad():
+        output = policy.evaluate(inputs)
+        torch.testing.assert_close(output.logprobs, plain_logprobs(policy.model, inputs, 1.0), atol=1e-4, rtol=1e-4)
+        alone = [policy.evaluate(inputs.select(torch.tensor([i]))).values for i in range(3)]
+    torch.testing.assert_close(output.values, torch.cat(alone), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("critic", [ValueHead(), SeparateCritic()], ids=str)
+def test_dropout_stays_off(critic: Any, tmp_path: Path) -> None:
+    """GPT-2's is 0.1; a model that arrives in training mode is put into evaluation mode, and its critic too."""
+    model = load_causal_lm(save_tiny_model(tmp_path, "gpt2")).train()
+    assert model.config.attn_pdrop == model.config.resid_pdrop == model.config.embd_pdrop == 0.1
+    policy = LanguageModelPolicy(model, trainable=Full(), critic=critic)
+    shake(policy)
+    first, second = policy.evaluate(sequences()), policy.evaluate(sequences())
+    for name in ("logprobs", "entropy", "values"):
+        assert torch.equal(getattr(first, name), getattr(second, name)), name
+
+
 @pytest.mark.parametrize("critic", [ValueHead(), ValueHead(detach=False), SeparateCritic()], ids=str)
 @pytest.mark.parametrize("way", [Full(), TopLayers(layers=1)], ids=str)
 def test_packed_equals_alone(tiny_llama: str, way: Trainable, critic: ValueHead | SeparateCritic) -> None:

@@ -2,9 +2,50 @@
 
 import copy
 
+import pytest
 import torch
+from torch import nn
 
-from heeler.policies.networks import Body, ImageEncoder
+from heeler.policies.actor_critic import ActorCritic
+from heeler.policies.networks import MLP, Body, ImageEncoder, NatureCNN
+from heeler.types import ActionSpec, ObservationSpec
+
+DISCRETE = ActionSpec(kind="discrete", sizes=(4,))
+
+
+def is_orthogonal(weight, gain):
+    """Whether rows, or columns where they are fewer, are `gain` long and at right angles."""
+    matrix = weight.detach().flatten(1)
+    product = matrix @ matrix.T if len(matrix) <= matrix.shape[1] else matrix.T @ matrix
+    return torch.allclose(product, gain**2 * torch.eye(len(product)), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "observations, network",
+    [(ObservationSpec(vector=6), MLP(hidden=(32, 8))), (ObservationSpec(vector=0, images=(("i", (4, 44, 40)),)), None)],
+)
+def test_networks_begin_orthogonal_with_gains_of_their_own_and_biases_of_0(observations, network):
+    policy = ActorCritic(observations, DISCRETE, network or NatureCNN(features=16), memory=5)
+    heads = {policy.action_head: 0.01, policy.value_head: 1.0}
+    layers = [m for m in policy.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    assert len(layers) == 2 + 2 * (2 if network else 4)
+    for layer in layers:
+        assert is_orthogonal(layer.weight, heads.get(layer, 2**0.5)) and not layer.bias.any()
+    for body in (policy.actor, policy.critic):
+        assert body.memory is not None
+        for name, parameter in body.memory.named_parameters():
+            assert not parameter.any() if "bias" in name else is_orthogonal(parameter, 1.0), name
+
+
+@pytest.mark.parametrize("memory", [0, 5])
+def test_actor_and_critic_have_networks_of_their_own_unless_they_are_to_share(memory):
+    for shared in (False, True):
+        policy = ActorCritic(ObservationSpec(vector=3), DISCRETE, MLP(hidden=(8,)), memory=memory, shared=shared)
+        states = torch.zeros(2, policy.state_size) if memory else None
+        _, values, _ = policy.parameters_and_values(torch.randn(2, 3), 1, states)
+        values.sum().backward()
+        assert any(p.grad is not None and p.grad.any() for p in policy.actor.parameters()) is shared
+        assert any(p.grad is not None and p.grad.any() for p in policy.critic.parameters())
 
 
 def test_the_memory_order_of_pictures_changes_no_number():

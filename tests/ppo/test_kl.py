@@ -118,5 +118,12 @@ def test_the_adaptive_penalty_moves_at_most_a_fifth_a_horizon(sequence_kl, facto
     assert next_kl_coef(ADAPTIVE, 0.1, sequence_kl, 1000) == pytest.approx(0.1 * factor)
 
 
+@pytest.mark.parametrize("horizons", [2, 3, 10])
+def test_many_horizons_of_episodes_at_once_halve_the_penalty_at_most(horizons):
+    """Unbounded, 20 % a horizon would make it 0 after five and negative after more."""
+    expected = max(1 - 0.2 * horizons, 0.5)
+    assert next_kl_coef(ADAPTIVE, 0.1, 0.0, 1000 * horizons) == pytest.approx(0.1 * expected)
+
+
 def test_the_fixed_penalty_stays():
     assert next_kl_coef(FixedKL(coef=0.05), 0.05, 600.0, 1000) == 0.05

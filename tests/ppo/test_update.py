@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from heeler.ppo.losses import value_loss
+from heeler.ppo.losses import ratio, value_loss
 from heeler.ppo.update import PPOConfig, update
 from heeler.runtime.passes import PassBudget
 from heeler.runtime.reduce import LocalReduce
@@ -348,6 +348,23 @@ def test_clipped_decisions_stop_moving_the_policy():
     assert metrics["policy/clip_fraction"] == pytest.approx(5 / 6)
 
 
+def test_a_very_large_clip_range_is_no_clipping():
+    """Four epochs are four steps of the plain gradient of ratio * advantage, wherever the ratio has gone."""
+    policy, batch = policy_and_batch()
+    config = replace(POLICY_ONLY, epochs=4, clip_range=1e9)
+    after, metrics = updated(policy, batch, config, lr=5.0)
+    assert metrics["policy/ratio_max"] > 1.5 and metrics["policy/clip_fraction"] == 0.0
+    plain = copy.deepcopy(policy)
+    for _ in range(4):
+        ratios = ratio(plain.evaluate(batch.inputs).logprobs, batch.old_logprobs)
+        loss = -(batch.policy_weights * batch.importance_weights * ratios * batch.advantages).sum()
+        (gradient,) = torch.autograd.grad(loss / batch.policy_weights.sum(), plain.logits)
+        with torch.no_grad():
+            plain.logits -= 5.0 * gradient
+    same(flat(after), flat(plain))
+    assert float((flat(after) - flat(updated(policy, batch, replace(config, clip_range=0.2), lr=5.0)[0])).norm()) > 0.1
+
+
 def test_the_entropy_bonus_raises_entropy():
     policy, batch = policy_and_batch()
     batch = replace(batch, advantages=torch.zeros_like(batch.advantages))
@@ -503,6 +520,21 @@ def test_shifted_old_logprobs_stop_the_update(shift):
     updated(policy, replace(batch, old_logprobs=batch.old_logprobs + shift / 1000), PPOConfig())
 
 
+@pytest.mark.parametrize("field", ["logprobs", "entropy", "values"])
+def test_a_policy_that_answers_in_columns_is_refused(field):
+    """`[n, 1]` against `[n]` would broadcast to `[n, n]`."""
+
+    class Columns(TablePolicy):
+        def evaluate(self, inputs):
+            output = super().evaluate(inputs)
+            return replace(output, **{field: getattr(output, field)[:, None]})
+
+    policy = Columns()
+    batch = make_batch(TablePolicy())
+    with pytest.raises(ValueError, match=rf"returned {field} of shape \(21, 1\) for 21 decisions"):
+        changed_by(policy, batch, PPOConfig())
+
+
 def changed_by(policy, batch, config):
     """Update in place and insist, when a check fails, that no parameter moved."""
     before = flat(policy)
@@ -610,6 +642,12 @@ def test_the_metrics_of_one_step_by_plain_sums():
     )
     assert metrics["policy/entropy"] == pytest.approx(float((w * entropy).sum() / w.sum()))
     assert metrics["value/loss"] == pytest.approx(float((v * errors).sum() / v.sum()))
+
+    def variance(x):
+        return (v * (x - (v * x).sum() / v.sum()) ** 2).sum() / v.sum()
+
+    explained = 1 - variance(batch.returns - batch.old_values) / variance(batch.returns)
+    assert metrics["value/explained_variance"] == pytest.approx(float(explained))
 
 
 def test_parameters_outside_the_loss_are_left_alone():

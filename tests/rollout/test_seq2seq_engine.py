@@ -62,6 +62,17 @@ def test_the_engine_equals_a_plain_loop(architecture: str, tmp_path: Path) -> No
     assert sizes[0] == 16 and min(sizes[:8]) < 14  # rows that had ended left
 
 
+def test_no_token_is_forced(tmp_path: Path) -> None:
+    """`generate` of transformers begins and ends with the tokens that these settings name, whatever the model says."""
+    model = load_seq2seq_lm(save_tiny_seq2seq(tmp_path, "bart"))
+    engine, sampling = Seq2SeqEngine(model, eos_ids=range(30)), Sampling(max_new_tokens=8)
+    free = engine.generate(requests(), sampling)
+    for config in (model.config, model.generation_config):
+        config.forced_bos_token_id = next(t for t in range(100, 257) if t not in {c.tokens[0] for c in free})
+        config.forced_eos_token_id = next(t for t in range(100, 257) if t not in {c.tokens[-1] for c in free})
+    same(engine.generate(requests(), sampling), free)
+
+
 def test_the_source_is_encoded_once_a_batch(tmp_path: Path) -> None:
     model = load_seq2seq_lm(save_tiny_seq2seq(tmp_path))
     calls: list[int] = []

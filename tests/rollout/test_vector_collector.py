@@ -116,6 +116,31 @@ def test_normalised_observations_are_stored_as_the_policy_saw_them(backend):
     torch.testing.assert_close(final, final.round(), atol=1e-3, rtol=0)
 
 
+def test_normalised_observations_are_clipped():
+    collector, policy = collector_of("tests.toy_envs:Counter", normalize=True, num_steps=8)
+    assert policy.normalizer is not None and policy.normalizer.clip == 10.0
+    collector.collect(0)
+    policy.normalizer.var.fill_(1e-4)  # a hundredth is the unit now
+    rollout = collector.collect(1)
+    raw = torch.cat([rollout.inputs.observations, rollout.final_observations])
+    assert float(raw.max()) == 10.0 and float(raw.min()) == -10.0
+    torch.testing.assert_close(policy.evaluate(rollout.inputs).logprobs, rollout.behavior_logprobs)
+
+
+def test_continuous_actions_are_stored_as_drawn_and_sent_within_their_bounds(monkeypatch):
+    """The log-probability is that of the draw: one of the clipped action would belong to no density."""
+    collector, policy = collector_of("tests.toy_envs:Still", num_steps=50, log_std=1.0)
+    sent, step = [], collector.env.env.step
+    monkeypatch.setattr(collector.env.env, "step", lambda actions: (sent.append(actions.copy()), step(actions))[1])
+    rollout = collector.collect(0)
+    drawn = rollout.actions.view(2, 50, 2)
+    assert float((drawn.abs() > 1).float().mean()) > 0.3
+    np.testing.assert_allclose(np.stack(sent, axis=1), drawn.clamp(-1, 1).numpy())
+    means = policy.parameters_and_values(rollout.inputs.observations)[0]
+    density = torch.distributions.Normal(means, policy.log_std.exp()).log_prob(rollout.actions).sum(1)
+    torch.testing.assert_close(rollout.behavior_logprobs, density)
+
+
 @pytest.mark.parametrize("kind", ["discrete", "multi_discrete", "multi_binary", "box"])
 def test_behavior_logprobs_are_those_of_the_policy(kind):
     collector, policy = collector_of("tests.toy_envs:Identity", actions=kind, num_steps=20)

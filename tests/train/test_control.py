@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -28,11 +29,13 @@ from heeler.ppo.advantages import AdvantageConfig, estimate_advantages
 from heeler.ppo.schedules import Schedule
 from heeler.ppo.update import PPOConfig, update
 from heeler.recipes.control import RECIPES, default_config
+from heeler.rollout.actors import NumpyActor
 from heeler.runtime import machine
 from heeler.runtime.reduce import LocalReduce
 from heeler.train.control import (
     GymConfig,
     GymRun,
+    RewardScaler,
     build_gym_run,
     last_update,
     load_actor_critic,
@@ -43,7 +46,8 @@ from heeler.train.control import (
     train_gym,
 )
 from heeler.train.onnx import export_onnx
-from heeler.types import HeelerError
+from heeler.types import CheckFailed, HeelerError
+from tests.toy_envs import OneState
 
 PPO = PPOConfig(epochs=4, minibatches=4, max_grad_norm=0.5, token_budget=65536)
 SYNC = [Sync(autoreset="same-step"), Sync(autoreset="next-step")]
@@ -190,11 +194,9 @@ class Played(NamedTuple):
     next_value: float
 
 
-@pytest.fixture
-def envpool_segments(tmp_path):
-    """Of EnvPool's CartPole with a time limit."""
-    pytest.importorskip("envpool")
-    backend, kwargs = EnvPool(threads=1), {"max_episode_steps": LIMIT}
+def segments_of(backend, tmp_path):
+    """Of CartPole with a time limit."""
+    kwargs = {"max_episode_steps": LIMIT}
     run = build_gym_run(config("CartPole-v1", tmp_path, backend=backend, num_envs=16, num_steps=100, kwargs=kwargs))
     run.collecting.publish(run.policy, 0)
     rollout = run.collecting.collect(0)
@@ -213,9 +215,16 @@ def envpool_segments(tmp_path):
     return segments
 
 
-def test_envpools_time_limit_is_bootstrapped_by_the_true_final_observation(envpool_segments):
+@pytest.fixture
+def envpool_segments(tmp_path):
+    pytest.importorskip("envpool")
+    return segments_of(EnvPool(threads=1), tmp_path)
+
+
+def check_kinds_of_ends(segments):
+    """Of all segments but those whose pole fell in the last allowed step."""
     kinds = Counter()
-    for played in envpool_segments:
+    for played in segments:
         if played.fell and played.length < LIMIT:
             kinds["end"] += 1
             assert played.terminated and played.bootstrap == 0.0
@@ -225,6 +234,18 @@ def test_envpools_time_limit_is_bootstrapped_by_the_true_final_observation(envpo
             assert played.bootstrap == pytest.approx(played.value, abs=1e-5)
             assert not abs(played.bootstrap - played.next_value) < 1e-4  # not of the first one of the next episode
     assert kinds["end"] >= 10 and kinds["cut"] >= 50 and kinds["edge"] >= 10
+
+
+def test_envpools_time_limit_is_bootstrapped_by_the_true_final_observation(envpool_segments):
+    check_kinds_of_ends(envpool_segments)
+
+
+def test_cartpoles_own_vector_version_ends_and_is_cut_as_gymnasiums_physics_say(tmp_path):
+    segments = segments_of(Vectorized(), tmp_path)
+    check_kinds_of_ends(segments)
+    last_moment = [played for played in segments if played.fell and played.length == LIMIT]
+    assert len(last_moment) >= 3
+    assert all(played.terminated and played.bootstrap == 0.0 for played in last_moment)  # no trap here
 
 
 def test_an_end_on_the_last_step_that_envpool_allows_looks_like_a_cut(envpool_segments):
@@ -299,6 +320,19 @@ def test_rewards_are_scaled_by_the_running_std_of_the_discounted_return(tmp_path
         std = math.sqrt(np.var(returns) + 1e-8)
         expected = (rollout.step_rewards / std).clamp(-10, 10).float()
         torch.testing.assert_close(scored.rewards, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_scaled_rewards_are_clipped(tmp_path):
+    """Two rare rewards are of twelve deviations."""
+    scaler = RewardScaler(3, gamma=0.0)
+    run = build_gym_run(config("tests.toy_envs:OneState", tmp_path, num_envs=3, num_steps=100))
+    run.collecting.publish(run.policy, 0)
+    rollout = run.collecting.collect(0)
+    rewards = torch.zeros(300)
+    rewards[7], rewards[200] = 50.0, -50.0
+    scaled = scaler(rewards, rollout)
+    assert float(scaled.max()) == 10.0 and float(scaled.min()) == -10.0
+    assert 50.0 / math.sqrt(float(scaler.moments.var)) > 12.0
 
 
 # the run --------------------------------------------------------------------------------------------------------
@@ -422,6 +456,27 @@ def test_the_best_policy_is_kept_and_callbacks_see_every_update(tmp_path):
     assert sum(row["episodes"] > 0 for row in run.folder.metrics()) > 0
 
 
+@pytest.mark.parametrize("changes", [{}, {"memory": 4}], ids=["one flat vector", "torch's"])
+def test_adams_epsilon_and_the_fall_of_its_rate(changes, tmp_path):
+    run = train("CartPole-v1", tmp_path, updates=4, lr=1e-3, **changes)
+    (group,) = run.state.optimizer.param_groups
+    assert group["eps"] == 1e-5 and (run.policy.fused is None) == bool(changes)
+    assert [row["lr"] for row in run.folder.metrics()] == pytest.approx([1e-3, 0.75e-3, 0.5e-3, 0.25e-3])
+
+
+def test_actors_with_old_weights_stop_the_run(tmp_path, monkeypatch):
+    publish, known = NumpyActor.publish, []
+
+    def once(self, policy):
+        if not known:
+            publish(self, copy.deepcopy(policy))
+            known.append(self)
+
+    monkeypatch.setattr(NumpyActor, "publish", once)
+    with pytest.raises(CheckFailed, match=r"engine and trainer differ by .* at update 2"):
+        train("CartPole-v1", tmp_path, updates=3, lr=1e-2)
+
+
 def test_clip_and_entropy_follow_their_schedules(tmp_path, monkeypatch):
     from heeler.train import ppo as loop
 
@@ -530,6 +585,22 @@ def test_evaluation_counts_whole_episodes_of_every_environment(tmp_path):
         figures = replace_backend(run, backend).evaluate(episodes=20, deterministic=False)
         assert figures["reward"] == figures["length"] == 7.0 and figures["reward/std"] == 0.0
         assert figures["episodes"] >= 20
+
+
+class Uneven(OneState):
+    """Episodes of 1 step in every other environment, of 10 in the others."""
+
+    def reset(self, *, seed=None, options=None):
+        if seed is not None:
+            self.limit = 1 if seed % 2 else 10
+        return super().reset(seed=seed, options=options)
+
+
+def test_short_episodes_count_no_more_than_long_ones(tmp_path):
+    run = train("tests.train.test_control:Uneven", tmp_path, updates=1)
+    for backend in SYNC:
+        figures = replace_backend(run, backend).evaluate(episodes=32)
+        assert figures["episodes"] == 32 and figures["reward"] == figures["length"] == 5.5
 
 
 def replace_backend(run, backend):

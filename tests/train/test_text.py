@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from heeler import (
@@ -31,6 +32,7 @@ from heeler import (
 )
 from heeler.policies.language_model import LanguageModelPolicy
 from heeler.runtime.passes import pass_budget
+from heeler.runtime.runs import RunFolder
 from heeler.train import text
 from heeler.train.ppo import UpdateReport
 from heeler.train.text import build_text_run
@@ -97,6 +99,22 @@ def test_lora_is_exported_merged_with_the_adapter_beside_it(tiny_llama: str, tmp
         torch.testing.assert_close(plain(ids).logits, mine, atol=1e-4, rtol=1e-4)
         assert not torch.allclose(AutoModelForCausalLM.from_pretrained(tiny_llama)(ids).logits, mine, atol=1e-3)
     assert (tmp_path / "run" / "policy" / "adapter" / "adapter_config.json").exists()
+
+
+@pytest.mark.parametrize("critic", [ValueHead(), SeparateCritic()], ids=str)
+def test_the_critic_is_saved_beside_the_policy_and_in_the_checkpoint(
+    critic: Any, tiny_llama: str, tmp_path: Path
+) -> None:
+    run = train_text(small(tiny_llama, tmp_path / "run", critic=critic), prompts=PROMPTS, reward=vowels, show=False)
+    trained = run.policy.critic_state()
+    fresh = build_text_run(run.config, prompts=PROMPTS, reward=vowels).policy.critic_state()
+    assert any(name.startswith("body.") for name in trained) is isinstance(critic, SeparateCritic)
+    saved = load_file(tmp_path / "run" / "critic" / "critic.safetensors")
+    checkpoint = RunFolder.open(tmp_path / "run").load_checkpoint(4)["weights"]
+    assert saved.keys() == trained.keys() == {n.removeprefix("critic.") for n in checkpoint if n.startswith("critic.")}
+    for name, weight in trained.items():
+        assert torch.equal(saved[name], weight) and torch.equal(checkpoint[f"critic.{name}"], weight), name
+    assert any(not torch.equal(fresh[name], weight) for name, weight in trained.items())
 
 
 @pytest.mark.parametrize(

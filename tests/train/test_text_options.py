@@ -2,23 +2,38 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from transformers import AddedToken
 
-from heeler import Full, HeelerError, LoRA, PPOConfig, Sampling, TextConfig, TopLayers, train_text
+from heeler import (
+    AdaptiveKL,
+    Full,
+    HeelerError,
+    LoRA,
+    PPOConfig,
+    Sampling,
+    TextConfig,
+    TopLayers,
+    resume_text,
+    train_text,
+)
 from heeler.policies.inputs import TokenInputs
 from heeler.policies.language_model import LanguageModelPolicy, SeparateCritic, ValueHead
 from heeler.policies.loading import load_causal_lm, load_tokenizer
 from heeler.policies.token_masks import MASKED, AllTokens, OnlyTokens, WithoutTokens, token_bias
 from heeler.ppo.advantages import AdvantageConfig
+from heeler.ppo.kl import next_kl_coef
 from heeler.ppo.moments import RunningMoments
-from heeler.ppo.shaping import ScoreShaping
+from heeler.ppo.shaping import ScoreShaping, segment_sums
 from heeler.rollout.engines.hf import HFEngine
 from heeler.rollout.engines.native import NativeEngine
 from heeler.rollout.engines.stopping import StopStrings
@@ -66,8 +81,8 @@ def test_a_masked_policy_is_a_policy_over_the_allowed_tokens(tiny_llama: str) ->
     expected = plain.gather(1, chosen[:, None])[:, 0]
     entropy = -(plain.exp() * plain).sum(-1)
     torch.testing.assert_close(output.logprobs, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(output.entropy, entropy, atol=1e-5, rtol=1e-5)
     fresh = policy.evaluate(inputs)
+    torch.testing.assert_close(fresh.entropy, entropy, atol=1e-5, rtol=1e-5)
     weights = [p for p in model.parameters() if p.requires_grad]
     mine = torch.autograd.grad((fresh.logprobs + 0.3 * fresh.entropy).sum(), weights)
     theirs = torch.autograd.grad((expected + 0.3 * entropy).sum(), weights)
@@ -225,9 +240,42 @@ def test_whitened_rewards_keep_their_mean(tiny_llama: str, tmp_path: Path) -> No
     assert float(white.mean()) == pytest.approx(float(raw.mean()), abs=1e-5)
 
 
-def test_resume_keeps_the_running_deviation(tiny_llama: str, tmp_path: Path) -> None:
-    from heeler import resume_text
+def test_the_adaptive_penalty_of_a_run(tiny_llama: str, tmp_path: Path) -> None:
+    """Each update's coefficient follows from the one before and its KL, and is what the rewards were charged with."""
+    kl = AdaptiveKL(coef=0.2, target=0.05, horizon=40)
+    charged: list[float] = []
 
+    def watch(report: Any) -> None:
+        scored = report.scored
+        offsets = scored.rollout.offsets
+        paid = segment_sums(scored.rewards, offsets) - scored.scores
+        nats = segment_sums(scored.old_logprobs - scored.ref_logprobs, offsets)
+        charged.append(-float(paid.sum() / nats.sum()) if float(nats.abs().max()) > 1e-3 else float("nan"))
+
+    train_text(small(tiny_llama, tmp_path / "run", kl=kl), prompts=PROMPTS, reward=vowels, on_update=watch, show=False)
+    rows = numbers(tmp_path / "run")
+    assert rows[0]["kl/coef"] == 0.2 and rows[-1]["kl/coef"] != rows[1]["kl/coef"]
+    for before, after in pairwise(rows):
+        assert after["kl/coef"] == pytest.approx(next_kl_coef(kl, before["kl/coef"], before["kl/ref"], 8), rel=1e-5)
+    assert charged[1:] == pytest.approx([row["kl/coef"] for row in rows[1:]], rel=1e-2)
+
+
+def test_resume_restores_the_random_states(tiny_llama: str, tmp_path: Path) -> None:
+    """Also those that only the reward draws from."""
+
+    def noisy(prompts: Any, completions: Any) -> list[float]:
+        return [random.random() + float(torch.rand(())) + np.random.rand() for _ in completions]
+
+    def fresh(name: str, updates: int) -> TextConfig:
+        return small(tiny_llama, tmp_path / name, updates=updates)
+
+    train_text(fresh("whole", 4), prompts=PROMPTS, reward=noisy, show=False)
+    train_text(fresh("half", 2), prompts=PROMPTS, reward=noisy, show=False)
+    resume_text(tmp_path / "half", prompts=PROMPTS, reward=noisy, updates=4, show=False)
+    assert numbers(tmp_path / "half") == numbers(tmp_path / "whole")
+
+
+def test_resume_keeps_the_running_deviation(tiny_llama: str, tmp_path: Path) -> None:
     config = small(tiny_llama, tmp_path / "whole", shaping=ScoreShaping(scale=True))
     train_text(config, prompts=PROMPTS, reward=vowels, show=False)
     half = replace(config, out=str(tmp_path / "half"), updates=2)
