@@ -25,7 +25,8 @@ from growth import SHAPES, machine  # noqa: E402
 from pages import hardware, processor, replace_section  # noqa: E402
 
 from heeler.policies.attention import SHORT, attend, short_rows  # noqa: E402
-from heeler.rollout.engines.packing import Blocks, library_for  # noqa: E402
+from heeler.rollout.engines.packing import Blocks  # noqa: E402
+from heeler.runtime.products import library_for  # noqa: E402
 
 HIDDEN, LAYERS, INNER = SHAPES["135M"].hidden, SHAPES["135M"].layers, SHAPES["135M"].inner
 HEADS, GROUPS, WIDTH, VOCABULARY = HIDDEN // 64, HIDDEN // 192, 64, 49152

@@ -2,7 +2,7 @@
 
     python benchmarks/training_step.py [--threads 2] [--rounds 2] [--repeats 4]
 
-SmolLM2-135M in fp32, 64 sequences of 10 prompt tokens and 24 sampled ones, the gradient of the mean log-probability of
+SmolLM2-135M, 64 sequences of 10 prompt tokens and 24 sampled ones, the gradient of the mean log-probability of
 the sampled tokens. Every system runs in a process of its own, and each repeats the step; the fastest counts. Only
 Heeler tells the C library to keep freed memory, which it does at the start of every run. The gradients are compared
 with those of the plain model in float64. Writes docs/benchmarks/training_step.md.
@@ -27,11 +27,15 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from pages import hardware  # noqa: E402
 
 ROWS, PROMPT, SAMPLED, TOP = 64, 10, 24, 6
+PLAIN = "transformers, logits of every position, log-softmax, gather"
 SYSTEMS = {
-    "plain": "transformers, logits of every position, log-softmax, gather",
-    "chosen": "transformers, logits of the sampled positions only",
-    "full": "Heeler, all weights",
-    "top": f"Heeler, top {TOP} layers, states of the trunk known",
+    "plain": f"{PLAIN}: fp32",
+    "chosen": "transformers, logits of the sampled positions only: fp32",
+    "full": "Heeler, all weights: fp32",
+    "top": f"Heeler, top {TOP} layers, states of the trunk known: fp32",
+    "plain-bf16": f"{PLAIN}: autocast to bf16",
+    "full-bf16": "Heeler, all weights: bf16",
+    "top-bf16": f"Heeler, top {TOP} layers, states of the trunk known: bf16",
 }
 
 
@@ -39,21 +43,22 @@ def tokens_of_batch(torch: Any) -> Any:
     return torch.randint(100, 40000, (ROWS, PROMPT + SAMPLED), generator=torch.Generator().manual_seed(0))
 
 
-def plain(torch: Any, model: Any, *, chosen: bool) -> Callable[[], None]:
+def plain(torch: Any, model: Any, *, chosen: bool, rounded: bool) -> Callable[[], None]:
     ids = tokens_of_batch(torch)
 
     def step() -> None:
         # position t predicts token t + 1, so the last one is not read
         keep = slice(PROMPT - 1, None) if chosen else slice(None)
-        hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
-        logprobs = model.lm_head(hidden[:, keep]).log_softmax(-1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
+            hidden = model.model(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
+            logprobs = model.lm_head(hidden[:, keep]).log_softmax(-1)
         picked = logprobs.gather(2, ids[:, 1:][:, keep][..., None])[:, -SAMPLED:]
         picked.mean().backward()
 
     return step
 
 
-def heeler(torch: Any, model: Any, *, top: bool) -> Callable[[], None]:
+def heeler(torch: Any, model: Any, *, top: bool, rounded: bool) -> Callable[[], None]:
     from dataclasses import replace
 
     from heeler.policies.inputs import TokenInputs
@@ -61,8 +66,9 @@ def heeler(torch: Any, model: Any, *, top: bool) -> Callable[[], None]:
     from heeler.runtime.machine import keep_freed_memory
 
     keep_freed_memory()
+    trainable = TopLayers(layers=TOP) if top else Full()
     policy = LanguageModelPolicy(
-        model, trainable=TopLayers(layers=TOP) if top else Full(), critic=ValueHead(), precision="fp32"
+        model, trainable=trainable, critic=ValueHead(), precision="bf16" if rounded else "fp32"
     )
     inputs = TokenInputs(
         tokens=tokens_of_batch(torch).flatten(),
@@ -90,12 +96,13 @@ def measure(system: str, threads: int, repeats: int, gradients: str) -> float:
 
     torch.set_num_threads(threads)
     model = load_causal_lm(str(smollm2_folder(show=False)))
-    if system == "double":
-        step = plain(torch, model.double(), chosen=True)
-    elif system in ("plain", "chosen"):
-        step = plain(torch, model, chosen=system == "chosen")
+    way, _, precision = system.partition("-")
+    if way == "double":
+        step = plain(torch, model.double(), chosen=True, rounded=False)
+    elif way in ("plain", "chosen"):
+        step = plain(torch, model, chosen=way == "chosen", rounded=precision == "bf16")
     else:
-        step = heeler(torch, model, top=system == "top")
+        step = heeler(torch, model, top=way == "top", rounded=precision == "bf16")
     seconds = float("inf")
     for number in range(repeats + 1 if system != "double" else 1):
         model.zero_grad()
@@ -145,7 +152,7 @@ def main() -> None:
         "",
         f"Made by `python benchmarks/training_step.py --threads {given.threads} --rounds {given.rounds}"
         f" --repeats {given.repeats}`. Hardware:"
-        f" {hardware()}. torch {torch.__version__}, fp32.",
+        f" {hardware()}. torch {torch.__version__}.",
         f"SmolLM2-135M, {ROWS} sequences of {PROMPT} + {SAMPLED} tokens, forward and backward pass; the fastest of"
         f" {given.rounds * given.repeats} steps. The last column: the norm of the difference from the gradient of",
         "plain transformers in float64, as a share of that gradient's norm, over the weights that the system trains.",

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from heeler.policies.attention import NAME, SHORT, short_rows
 from heeler.policies.checkpointing import again_in_backward, is_checkpointed
 from heeler.policies.splitting import full_attention
+from heeler.runtime.products import product
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 
@@ -176,7 +177,7 @@ def _norm_back(d: Tensor, weight: Tensor, h: Tensor, r: Tensor) -> tuple[Tensor,
 
 def _pair(d: Tensor, x: Tensor) -> Tensor:
     """`[outputs, inputs]` gradient of a matrix: of its outputs `d [.., outputs]` and its inputs `x [.., inputs]`."""
-    return d.flatten(0, -2).t() @ x.flatten(0, -2)
+    return product(d.flatten(0, -2).t(), x.flatten(0, -2).t())
 
 
 class _Layer(torch.autograd.Function):
@@ -189,17 +190,17 @@ class _Layer(torch.autograd.Function):
         w2: Tensor, wg: Tensor, wu: Tensor, wd: Tensor,
     ) -> Tensor:  # fmt: skip
         with torch.autocast(x.device.type, enabled=False):
-            qkv = shape.norm(x, w1)[0] @ shape.joined(wq, wk, wv).t()
+            qkv = product(shape.norm(x, w1)[0], shape.joined(wq, wk, wv))
             if bq is not None and bk is not None and bv is not None:
                 qkv += shape.joined(bq, bk, bv)
             heads, groups = len(wq) // shape.width, len(wk) // shape.width
-            spoken = shape.attend(qkv, heads, groups, nq, nk) @ shape.joined(wo).t()
+            spoken = product(shape.attend(qkv, heads, groups, nq, nk), shape.joined(wo))
             if bo is not None:
                 spoken += bo
             y = x + spoken
-            gu = shape.norm(y, w2)[0] @ shape.joined(wg, wu).t()
+            gu = product(shape.norm(y, w2)[0], shape.joined(wg, wu))
             gate, up = gu.chunk(2, dim=-1)
-            z = y + nn.functional.silu(gate).mul_(up) @ shape.joined(wd).t()
+            z = y + product(nn.functional.silu(gate).mul_(up), shape.joined(wd))
         ctx.shape, ctx.heads, ctx.groups = shape, heads, groups
         ctx.save_for_backward(x, qkv, y, gu, w1, wq, wk, wv, bq, nq, nk, wo, bo, w2, wg, wu, wd)
         return z
@@ -212,7 +213,7 @@ class _Layer(torch.autograd.Function):
         trained = ctx.needs_input_grad[3]
         with torch.autocast(x.device.type, enabled=False):
             d = dz.to(shape.compute)
-            da = d @ shape.joined(wd)
+            da = product(d, shape.joined(wd).t())
             gate, up = gu.chunk(2, dim=-1)
             active = nn.functional.silu(gate)
             dgu = torch.empty_like(gu)
@@ -222,10 +223,10 @@ class _Layer(torch.autograd.Function):
             dg.copy_(torch.ops.aten.silu_backward(da.mul_(up), gate))
             m, h, r = shape.norm(y, w2)
             dwgu = _pair(dgu, m) if trained else None
-            dy, dw2 = _norm_back(dgu @ shape.joined(wg, wu), w2, h, r)
+            dy, dw2 = _norm_back(product(dgu, shape.joined(wg, wu).t()), w2, h, r)
             dy += dz
             d = dy.to(shape.compute)
-            do = d @ shape.joined(wo)
+            do = product(d, shape.joined(wo).t())
             with torch.enable_grad():
                 leaves = [t.detach().requires_grad_() for t in (qkv, nq, nk) if t is not None]
                 norms = leaves[1:] if nq is not None else (None, None)
@@ -236,7 +237,7 @@ class _Layer(torch.autograd.Function):
             dbo = None if bo is None else d.flatten(0, -2).sum(0)
             n, h, r = shape.norm(x, w1)
             dwqkv = _pair(dqkv, n) if trained else None
-            dx, dw1 = _norm_back(dqkv @ shape.joined(wq, wk, wv), w1, h, r)
+            dx, dw1 = _norm_back(product(dqkv, shape.joined(wq, wk, wv).t()), w1, h, r)
             dx += dy
             sizes = [len(wq), len(wk), len(wv)]
             dq, dk, dv = (None, None, None) if dwqkv is None else dwqkv.split(sizes)

@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from heeler.runtime.products import product
+
 CHUNK_BYTES = 48 * 1024 * 1024  # of a chunk's logits, in the type of the products
 BLOCK_LOGITS = 3 * 1024 * 512  # turned into probabilities at once on a CPU: 6 MiB in float32
 KEPT_BYTES = 384 * 1024 * 1024  # of probabilities for the backward pass, at most
@@ -37,7 +39,8 @@ def _type_of_products(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return torch.nn.functional.linear(hidden, weight, None if bias is None else bias.to(weight.dtype))
+    logits = product(hidden, weight)
+    return logits if bias is None else logits.add_(bias.to(weight.dtype))
 
 
 def _chunks(n: int, size: int) -> Iterator[slice]:
@@ -87,11 +90,11 @@ class _TokenLogprobs(torch.autograd.Function):
                 if e is not None:
                     e[part] = weights.scatter_(1, chosen, 0.0)
             if unit is not None and e is not None:
-                rest = torch.matmul(e, matrix) / sums[rows]
+                rest = product(e, matrix.t()) / sums[rows]
                 share = -torch.expm1(logprobs[rows, None])  # 1 - p
                 unit[rows] = (share * matrix[tokens[rows]] - rest) / temperature
             if unit_entropy is not None and slope is not None:
-                unit_entropy[rows] = torch.matmul(slope, matrix) / sums[rows] / temperature
+                unit_entropy[rows] = product(slope, matrix.t()) / sums[rows] / temperature
         ctx.temperature, ctx.chunk, ctx.entropy_gradient = temperature, chunk, entropy_gradient
         ctx.has_bias, ctx.few, ctx.compute, ctx.frozen_head = bias is not None, kept is not None, compute, frozen_head
         if keep:
@@ -147,8 +150,8 @@ def _from_probabilities(
     """Gradients of hidden states, weight and bias from `e [n, V]`, whose chosen entries are 0."""
     chosen = (-torch.expm1(logprobs) * grads)[:, None]  # g (1 - p)
     others = -grads[:, None] / sums
-    grad_hidden = torch.matmul(e, matrix) * others + chosen * matrix[tokens]
-    grad_weight = torch.matmul(e.t(), (hidden * others).to(e.dtype)).float()
+    grad_hidden = product(e, matrix.t()) * others + chosen * matrix[tokens]
+    grad_weight = product(e.t(), (hidden * others).to(e.dtype).t()).float()
     grad_weight.index_add_(0, tokens, chosen * hidden)
     grad_bias = torch.matmul(e.t(), others.to(e.dtype))[:, 0].float().index_add_(0, tokens, chosen[:, 0])
     return grad_hidden, grad_weight, grad_bias
@@ -181,11 +184,8 @@ def _from_logits(
             if of_entropy is not None:
                 slope.addcmul_(of_entropy, grad_entropy[at, None] / sums)
             logits[part] = slope if ctx.temperature == 1.0 else slope.div_(ctx.temperature)
-        grad_hidden[rows] = torch.matmul(logits, matrix).float()
-        if logits.dtype == torch.float32:
-            grad_weight.addmm_(logits.t(), states)
-        else:  # sums over chunks keep the weight's digits
-            grad_weight += torch.matmul(logits.t(), states)
+        grad_hidden[rows] = product(logits, matrix.t()).float()
+        grad_weight += product(logits.t(), states.t())  # sums over chunks keep the weight's digits
         grad_bias += logits.sum(0, dtype=torch.float32)
     return grad_hidden, grad_weight, grad_bias
 

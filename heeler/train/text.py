@@ -34,12 +34,12 @@ from heeler.rollout.engines.batch import BatchEngine
 from heeler.rollout.engines.draws import GREEDY, draw_seed
 from heeler.rollout.engines.hf import HFEngine
 from heeler.rollout.engines.native import NativeEngine, native_engine
-from heeler.rollout.engines.packing import library_for
 from heeler.rollout.engines.vllm import VLLMEngine
 from heeler.rollout.text import TextCollector, sample_rollout, samples_of
 from heeler.runtime import machine
 from heeler.runtime.configs import from_json
 from heeler.runtime.passes import PassBudget, pass_budget
+from heeler.runtime.products import library_for
 from heeler.runtime.progress import progress
 from heeler.runtime.runs import RunFolder
 from heeler.train.evaluate import Evaluation, evaluate_text

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from heeler.policies.logprobs import logprobs_alone, token_logprobs
+from heeler.runtime.products import product
 
 
 def slow(
@@ -126,11 +127,11 @@ def test_products_under_autocast_are_bf16_forward_and_backward(kept: int, frozen
             h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(not frozen)
             with torch.autocast("cpu", torch.bfloat16, enabled=rounded):
                 logprobs, entropy = token_logprobs(h, w, tokens, entropy_gradient=entropy_gradient, chunk=7)
-            with mock.patch("torch.matmul", wraps=torch.matmul) as product:
+            with mock.patch("heeler.policies.logprobs.product", wraps=product) as products:
                 torch.autograd.backward(
                     [logprobs, entropy][: 1 + entropy_gradient], list(cotangents[: 1 + entropy_gradient])
                 )
-            types = {call.args[0].dtype for call in product.call_args_list}
+            types = {call.args[0].dtype for call in products.call_args_list}
             assert h.grad is not None and h.grad.dtype == torch.float32
             assert frozen or types == {torch.bfloat16 if rounded else torch.float32}
             gradients.append([leaf.grad for leaf in (h, w) if leaf.grad is not None])

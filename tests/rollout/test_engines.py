@@ -20,8 +20,9 @@ from heeler.rollout.engines.batch import PART_TOKENS, similar_lengths
 from heeler.rollout.engines.draws import cut, draw_seed, first_beyond, sample
 from heeler.rollout.engines.hf import HFEngine
 from heeler.rollout.engines.native import NativeEngine
-from heeler.rollout.engines.packing import Blocks, library_for
+from heeler.rollout.engines.packing import Blocks
 from heeler.rollout.text import final_states, pack, prompts_of_update, sample_rollout
+from heeler.runtime.products import library_for
 from heeler.types import Completion, HeelerError, Request, Sampling
 from tests.marks import needs_packing
 from tests.tiny import ARCHITECTURES, save_tiny_model
@@ -235,7 +236,7 @@ def test_products_of_blocks_are_products(library: str, dtype: torch.dtype, bias:
 )
 def test_whose_blocks(maker: str, dtype: torch.dtype, library: str | None) -> None:
     with (
-        mock.patch("heeler.rollout.engines.packing._maker", return_value=maker),
+        mock.patch("heeler.runtime.products._maker", return_value=maker),
         mock.patch("platform.machine", return_value="x86_64"),
         mock.patch("torch.ops.mkldnn._is_mkldnn_bf16_supported", return_value=True),
         mock.patch("torch.backends.mkl.is_available", return_value=True),

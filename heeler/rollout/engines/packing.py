@@ -10,41 +10,17 @@ docs/benchmarks/decoding_parts.md.
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Sequence
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from heeler.runtime.products import library_for
+
 WORTH_STEPS = 8  # making the blocks costs about as much as three to five steps gain
 MOST_ROWS = 256  # beyond, MKL's copy hardly counts
-
-
-Library = Literal["mkl", "onednn"]
-
-
-@lru_cache(maxsize=1)
-def _maker() -> str:
-    """What the system says of the processor's maker: it holds "GenuineIntel", "AuthenticAMD", ..."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
-    return next((line for line in lines if line.startswith("vendor_id")), platform.processor())
-
-
-def library_for(weight: Tensor) -> Library | None:
-    """Whose blocks are the fastest for such a weight; None where this torch and this machine have none for it."""
-    if weight.device.type != "cpu" or platform.machine().lower() not in ("x86_64", "amd64"):
-        return None
-    if weight.dtype == torch.float32 and "GenuineIntel" in _maker():
-        return "mkl" if torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear") else None
-    known = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    if weight.dtype == torch.bfloat16:
-        return "onednn" if known and torch.ops.mkldnn._is_mkldnn_bf16_supported() else None
-    return "onednn" if known and weight.dtype == torch.float32 else None
 
 
 class Blocks:
