@@ -29,6 +29,7 @@ WAYS: tuple[tuple[str, dict[str, Any], int], ...] = (
     ("`--optimizer adamw8bit`", EIGHT, 1024),
     ("`--optimizer adamw8bit --activation-checkpointing`", EIGHT | AGAIN, 1024),
     ("both, `--ppo.token-budget 512`", EIGHT | AGAIN, 512),
+    ("both, the same, `--no-keep-first-pass`", EIGHT | AGAIN | {"keep_first_pass": False}, 512),
 )
 
 
