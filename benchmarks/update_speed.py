@@ -238,7 +238,7 @@ def this_script(kind: str) -> list[str]:
 
 def trl_python() -> str:
     """The Python of TRL's environment, which is made where it is missing."""
-    from heeler.recipes.imdb import cache_folder
+    from heeler.runtime.cache import cache_folder
 
     folder = cache_folder() / "peers" / f"trl-{TRL}"
     python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")

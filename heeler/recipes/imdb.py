@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,6 +26,7 @@ from heeler.ppo.kl import FixedKL
 from heeler.ppo.schedules import Schedule
 from heeler.ppo.update import PPOConfig
 from heeler.runtime import machine
+from heeler.runtime.cache import cache_folder
 from heeler.runtime.configs import to_json
 from heeler.runtime.progress import say
 from heeler.runtime.runs import read_json
@@ -35,14 +35,6 @@ from heeler.train.text import TextConfig, TextRun, train_text
 from heeler.types import Sampling
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def cache_folder() -> Path:
-    """Where converted models are kept: $HEELER_CACHE, or heeler/ in the user's cache."""
-    chosen = os.environ.get("HEELER_CACHE")
-    base = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "heeler"
-    base.mkdir(parents=True, exist_ok=True)
-    return base
 
 
 def smollm2_folder(show: bool = True) -> Path:

@@ -30,6 +30,7 @@ from heeler.ppo.update import PPOConfig
 from heeler.rewards.functions import FunctionReward, RewardFunction, check_names, takes
 from heeler.rewards.http import HTTPReward
 from heeler.rewards.specs import load_judges, load_reward
+from heeler.rollout.engines import token_attention
 from heeler.rollout.engines.batch import BatchEngine
 from heeler.rollout.engines.draws import GREEDY, draw_seed
 from heeler.rollout.engines.hf import HFEngine
@@ -332,7 +333,8 @@ def kernels_of(policy: LanguageModelPolicy, engine: Engine) -> dict[str, Any]:
     """Which ways through the model were chosen, for config.json.
 
     `attention` is Heeler's or the name of transformers' own, `packing` whose blocks hold the weights while the engine
-    samples; `layers_written_out` and `steps_written_out` say whether training and sampling run Heeler's own layers.
+    samples; `layers_written_out` and `steps_written_out` say whether training and sampling run Heeler's own layers,
+    `attention_compiled` whether single tokens attend by a kernel that was compiled here.
     """
     packs = isinstance(engine, BatchEngine) and engine.pack_weights
     library = library_for(policy.engine_model.get_output_embeddings().weight) if packs else None
@@ -341,6 +343,7 @@ def kernels_of(policy: LanguageModelPolicy, engine: Engine) -> dict[str, Any]:
         "packing": library or "none",
         "layers_written_out": can_write_out(policy.top),
         "steps_written_out": isinstance(engine, NativeEngine) and engine.written_out,
+        "attention_compiled": isinstance(engine, NativeEngine) and engine.attention_compiled,
     }
 
 
@@ -478,6 +481,9 @@ def build_text_run(
             f"the engine samples {type(model).__name__} through transformers, which is slower: its own decoding step"
             " knows Llama, Mistral, Qwen2 and Qwen3 without windows"
         )
+    elif isinstance(engine, NativeEngine) and device == "cpu" and not engine.attention_compiled:
+        reason = token_attention.loaded()[1] or "its heads are of a width that is not built"
+        notes.append(f"single tokens attend by torch, which is slower than a compiled kernel: {reason}")
     if loaded and loaded_eval:
         both = len(set(map(tuple, loaded.tokens)) & set(map(tuple, loaded_eval.tokens)))
         if both:

@@ -57,9 +57,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def both_ways(model: Any, padded: bool, packed: bool, steps: int) -> Iterator[tuple[Any, Any]]:
+def both_ways(model: Any, padded: bool, packed: bool, steps: int, compiled: bool = True) -> Iterator[tuple[Any, Any]]:
     """`(the decoder's, the model's)` logits, states after two layers and final states, token by token."""
     step = Decoder(model, trunk_layers=2)
+    if not compiled:
+        step.compiled = None
     rows, prompt = 12, 7
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, 101, (rows, prompt + steps), generator=generator)
@@ -89,10 +91,11 @@ def both_ways(model: Any, padded: bool, packed: bool, steps: int) -> Iterator[tu
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("packed", [False, pytest.param(True, marks=needs_packing)], ids=["plain", "packed"])
 @pytest.mark.parametrize("padded", [False, True], ids=["equal", "padded"])
-def test_a_step_is_that_of_the_model(variant: str, packed: bool, padded: bool) -> None:
+@pytest.mark.parametrize("compiled", [False, True], ids=["by torch", "compiled"])
+def test_a_step_is_that_of_the_model(variant: str, packed: bool, padded: bool, compiled: bool) -> None:
     """Logits, and the states after the trunk and at the end, 150 tokens on."""
     family, options = VARIANTS[variant]
-    for mine, theirs in both_ways(random_model(family, **options), padded, packed, steps=150):
+    for mine, theirs in both_ways(random_model(family, **options), padded, packed, steps=150, compiled=compiled):
         torch.testing.assert_close(mine, theirs, atol=2e-3, rtol=1e-3)
 
 

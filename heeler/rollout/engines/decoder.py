@@ -28,6 +28,7 @@ from heeler.policies.attention import attend
 from heeler.policies.llama import like_llama
 from heeler.rollout.engines import packing
 from heeler.rollout.engines.packing import Joined, can_pack
+from heeler.rollout.engines.token_attention import for_head
 
 PASS_TOKENS = 8192  # of prompts read at once, which bounds the memory
 
@@ -67,6 +68,7 @@ class Decoder:
         self.scale = base.layers[0].self_attn.scaling
         self.layers = [_layer(layer) for layer in base.layers]
         self.output = Joined(model.lm_head)
+        self.compiled = for_head(self.width, model.lm_head.weight)
         products = [p for layer in self.layers for p in (layer.read, layer.attended, layer.gate_up, layer.down)]
         self.products = [*products, self.output] if can_pack(model.lm_head.weight) else []
 
@@ -152,7 +154,7 @@ class Decoder:
         Args:
             ids: `[B, 1]` the tokens.
             positions: `[B, 1]` of each in its row.
-            mask: `[B, n]` which columns each row sees, its own token included; None where it is all.
+            mask: `[B, n]` 0 in the columns before each row's first token; None where all begin in the first.
             cache: of buffered layers, to which the tokens' keys and values are added.
 
         Returns:
@@ -160,8 +162,12 @@ class Decoder:
         """
         x = self.embedding(ids[:, 0])
         cos, sin = self.rotary(x[:, None], positions)
+        first: Tensor | None = None  # column of each row
         hidden: Tensor | None = None  # added to the attention's logits
-        if mask is not None:
+        if self.compiled is not None:
+            first = ids.new_zeros(len(ids)) if mask is None else (mask == 0).sum(1)
+            first = first.int()
+        elif mask is not None:
             hidden = x.new_zeros(mask.shape).masked_fill_(mask == 0, -torch.inf)[:, None, None]
         trunk: Tensor | None = None
         for number, (layer, kept) in enumerate(zip(self.layers, cache.layers, strict=True)):
@@ -172,7 +178,11 @@ class Decoder:
                 heads = torch.cat([_norm(norm, part) for norm, part in parts], dim=1)
             turned = _turned(heads, cos, sin)
             keys, values = kept.update(turned[:, self.heads :, None], spoken[:, self.heads + self.groups :, None])
-            attended = attend(turned[:, : self.heads], keys, values, hidden, self.scale)
+            queries = turned[:, : self.heads]
+            if self.compiled is not None and first is not None:
+                attended = self.compiled(queries, keys, values, first, self.scale)
+            else:
+                attended = attend(queries, keys, values, hidden, self.scale)
             x = layer.attended(attended.flatten(1)).add_(x)
             x = _mlp(layer, x)
             if number + 1 == self.trunk_layers:

@@ -133,6 +133,11 @@ class NativeEngine(BatchEngine):
         """Whether the model, as it is now, samples by Heeler's own decoding step; else through transformers."""
         return can_decode(self.model) and not self._hooked()
 
+    @property
+    def attention_compiled(self) -> bool:
+        """Whether single tokens attend by the compiled kernel."""
+        return self.written_out and Decoder(self.model).compiled is not None
+
     def _capture(self, name: str, module: Any, args: Any, output: Any) -> None:
         states = output if isinstance(output, Tensor) else output[0]
         self._captured[name] = states[:, -1:] if name == "final" else states

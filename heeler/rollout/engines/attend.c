@@ -1,0 +1,110 @@
+/* Attention of one token a row, over the columns that the row has.
+
+   For every row b and group g (heads of a group share keys and values), with c from first[b] to end:
+
+       s[h][c] = scale * q[b][h] . k[b][g][c]       p[h] = exp(s[h] - max s[h]) / sum       o[b][h] = sum_c p[h][c] v[b][g][c]
+
+   Numbers are bf16 or float32 in memory and float32 in between. A row's result depends on that row alone.
+   Built, loaded and checked by token_attention.py, which says when. Strides are in numbers, not bytes. */
+
+#include <float.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+typedef uint16_t bf16;
+
+static inline float from_bf16(bf16 x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+
+static inline bf16 to_bf16(float y) { /* to the nearest, ties to even; no NaN */
+    uint32_t bits;
+    memcpy(&bits, &y, 4);
+    return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+static inline float from_float(float x) { return x; }
+static inline float to_float(float x) { return x; }
+
+/* exp(x) for x <= 0: 2^n (1 + r + ... + r^6 / 720) with x = n ln 2 + r, off by less than 3e-7 of its value */
+static inline float exp_below(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    float n = (float)(int32_t)(x * 1.44269504f - 0.5f);
+    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    float y = 1.0f + r * (1.0f + r * (0.5f + r * (1.66666667e-1f + r * (4.16666667e-2f + r * (8.33333333e-3f + r * 1.38888889e-3f)))));
+    uint32_t bits = (uint32_t)((int32_t)n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return y * power;
+}
+
+#define ATTEND(NAME, TYPE, FROM, TO, WIDTH)                                                                          \
+    static void NAME(const TYPE *q, const TYPE *k, const TYPE *v, TYPE *o, float *s, int shared, int columns,         \
+                     float scale) {                                                                        \
+        float *asked = s + (int64_t)shared * columns;                                                                 \
+        for (int i = 0; i < shared * WIDTH; i++) asked[i] = scale * FROM(q[i]);                                       \
+        for (int c = 0; c < columns; c++) {                                                                           \
+            float key[WIDTH];                                                                                         \
+            for (int d = 0; d < WIDTH; d++) key[d] = FROM(k[(int64_t)c * WIDTH + d]);                                 \
+            for (int h = 0; h < shared; h++) {                                                                        \
+                float sum = 0.0f;                                                                                     \
+                for (int d = 0; d < WIDTH; d++) sum += asked[h * WIDTH + d] * key[d];                                 \
+                s[h * columns + c] = sum;                                                                             \
+            }                                                                                                         \
+        }                                                                                                             \
+        for (int h = 0; h < shared; h++) {                                                                            \
+            float *row = s + h * columns, top = -FLT_MAX, total = 0.0f, out[WIDTH];                                   \
+            for (int c = 0; c < columns; c++) top = row[c] > top ? row[c] : top;                                      \
+            for (int c = 0; c < columns; c++) total += row[c] = exp_below(row[c] - top);                              \
+            for (int d = 0; d < WIDTH; d++) out[d] = 0.0f;                                                            \
+            for (int c = 0; c < columns; c++)                                                                         \
+                for (int d = 0; d < WIDTH; d++) out[d] += row[c] * FROM(v[(int64_t)c * WIDTH + d]);                   \
+            for (int d = 0; d < WIDTH; d++) o[h * WIDTH + d] = TO(out[d] / total);                                    \
+        }                                                                                                             \
+    }
+
+#define BOTH(WIDTH)                                                                                                   \
+    ATTEND(attend_bf16_##WIDTH, bf16, from_bf16, to_bf16, WIDTH)                                                      \
+    ATTEND(attend_float_##WIDTH, float, from_float, to_float, WIDTH)
+
+BOTH(8) BOTH(16) BOTH(32) BOTH(64) BOTH(80) BOTH(96) BOTH(128) BOTH(256)
+
+#define CALL(WIDTH)                                                                                                   \
+    case WIDTH:                                                                                                       \
+        if (rounded)                                                                                                  \
+            attend_bf16_##WIDTH((const bf16 *)q + query, (const bf16 *)k + start, (const bf16 *)v + start,            \
+                                (bf16 *)o + out, s, shared, columns, scale);                                   \
+        else                                                                                                          \
+            attend_float_##WIDTH((const float *)q + query, (const float *)k + start, (const float *)v + start,        \
+                                 (float *)o + out, s, shared, columns, scale);                                 \
+        break;
+
+/* q [rows, groups * shared, width], its rows `q_row` apart; k, v [rows, groups, .., width], rows and groups `kv_row` and
+   `kv_group` apart; o [rows, groups * shared, width] without gaps; 1 where there is no memory, 2 where the width is
+   not built */
+int attend(const void *q, const void *k, const void *v, void *o, const int32_t *first, int rows, int groups, int shared,
+           int width, int end, int64_t q_row, int64_t kv_row, int64_t kv_group, float scale, int rounded, int threads) {
+    int failed = 0;
+#pragma omp parallel num_threads(threads)
+    {
+        float *s = malloc(sizeof(float) * (size_t)shared * (size_t)(end + width));
+        if (s == NULL) failed = 1;
+#pragma omp for schedule(dynamic, 4)
+        for (int task = 0; task < rows * groups; task++) {
+            if (s == NULL) continue;
+            int b = task / groups, g = task % groups, columns = end - first[b];
+            int64_t query = b * q_row + (int64_t)g * shared * width, out = ((int64_t)b * groups + g) * shared * width;
+            int64_t start = b * kv_row + g * kv_group + (int64_t)first[b] * width;
+            switch (width) {
+                CALL(8) CALL(16) CALL(32) CALL(64) CALL(80) CALL(96) CALL(128) CALL(256)
+                default: failed = 2;
+            }
+        }
+        free(s);
+    }
+    return failed;
+}

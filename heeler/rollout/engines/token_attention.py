@@ -1,0 +1,129 @@
+"""Attention of one token a row, compiled: attend.c, built by the machine's C compiler when it is first needed.
+
+torch's attention and its small products take three to four times as long for single tokens over short and middling
+rows (docs/benchmarks/decoding_parts.md), and read the columns before a row's first token too. Compiling takes a second;
+the result is kept in the cache, by source, compiler and processor. It is used on Linux where a compiler is found, the
+threads are torch's own, and its answers to a first question are right; elsewhere `attend` of policies/attention.py is,
+and a run says so. HEELER_KERNELS=off leaves it out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from heeler.policies.attention import attend
+from heeler.runtime.cache import cache_folder
+
+SOURCE = Path(__file__).with_name("attend.c")
+WIDTHS = (8, 16, 32, 64, 80, 96, 128, 256)  # of a head, that are built
+TYPES = (torch.float32, torch.bfloat16)
+
+
+class TokenAttention:
+    """The loaded kernel; `for_head` gives one only where it can be used."""
+
+    def __init__(self, library: Path) -> None:
+        self.call: Any = ctypes.CDLL(str(library)).attend
+        pointer, number, stride = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+        self.call.argtypes = [*[pointer] * 5, *[number] * 5, *[stride] * 3, ctypes.c_float, number, number]
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, first: Tensor, scale: float) -> Tensor:
+        """`[B, heads, D]`: what each row's token attends to.
+
+        Args:
+            query: `[B, heads, D]`, rows in any distance.
+            key, value: `[B, groups, n, D]`, of equal strides; a column's D numbers lie side by side.
+            first: `[B]` int32, the first column that each row sees; it sees all after it.
+            scale: of the logits.
+
+        Raises:
+            ValueError: the tensors lie otherwise.
+        """
+        batch, heads, width = query.shape
+        groups, end = key.shape[1], key.shape[2]
+        side_by_side = query.stride()[1:] == (width, 1) and key.stride()[2:] == (width, 1)
+        if not side_by_side or key.stride() != value.stride() or first.dtype != torch.int32:
+            raise ValueError("queries, keys, values or first columns have a layout that the kernel does not read")
+        said = query.new_empty(batch, heads, width)
+        failed = self.call(
+            query.data_ptr(), key.data_ptr(), value.data_ptr(), said.data_ptr(), first.data_ptr(),
+            batch, groups, heads // groups, width, end, query.stride(0), key.stride(0), key.stride(1), scale,
+            query.dtype == torch.bfloat16, torch.get_num_threads(),
+        )  # fmt: skip
+        if failed:
+            raise MemoryError(f"no memory for the attention of {batch} rows over {end} columns")
+        return said
+
+
+def for_head(width: int, weight: Tensor) -> TokenAttention | None:
+    """The kernel for heads of this width and products of this type and place, or None."""
+    fits = weight.device.type == "cpu" and weight.dtype in TYPES and width in WIDTHS
+    return loaded()[0] if fits else None
+
+
+@lru_cache(maxsize=1)
+def loaded() -> tuple[TokenAttention | None, str]:
+    """The kernel, or None and why there is none."""
+    if os.environ.get("HEELER_KERNELS") == "off":
+        return None, "HEELER_KERNELS is off"
+    if not sys.platform.startswith("linux"):
+        return None, "it is built on Linux only"
+    compiler = next((found for name in ("gcc", "cc", "clang") if (found := shutil.which(name))), None)
+    if compiler is None:
+        return None, "there is no C compiler (gcc, cc or clang)"
+    try:
+        kernel = TokenAttention(_built(compiler))
+        wrong = not all(_is_right(kernel, dtype) for dtype in TYPES)
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        said = str(getattr(error, "stderr", None) or error).strip().splitlines()
+        return None, f"{compiler} did not build it ({said[0] if said else type(error).__name__})"
+    return (None, f"what {compiler} built answers wrongly") if wrong else (kernel, "")
+
+
+def _built(compiler: str) -> Path:
+    """The shared library, compiled where the cache has none for this source, compiler and processor."""
+    wide = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "amd64") else []
+    flags = ["-O3", "-march=native", *wide, "-ffast-math", "-fopenmp", "-fPIC"]
+    known = [SOURCE.read_text(encoding="utf-8"), compiler, str(os.stat(compiler).st_mtime), *flags, _processor()]
+    key = hashlib.blake2b("\n".join(known).encode(), digest_size=8).hexdigest()
+    library = cache_folder() / "kernels" / f"attend-{key}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            compiled, linked = f"{folder}/attend.o", f"{folder}/attend.so"
+            # OpenMP is not linked: its functions are found in what torch has loaded, so the threads are torch's
+            for command in ([*flags, "-c", str(SOURCE), "-o", compiled], ["-shared", compiled, "-o", linked]):
+                subprocess.run([compiler, *command], check=True, capture_output=True, text=True, timeout=60)
+            os.replace(linked, library)
+    return library
+
+
+def _processor() -> str:
+    """What tells processors with other instructions apart."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def _is_right(kernel: TokenAttention, dtype: torch.dtype) -> bool:
+    generator = torch.Generator().manual_seed(0)
+    spoken = torch.randn(5, 10, 64, generator=generator).to(dtype)
+    key, value = (torch.randn(5, 2, 90, 64, generator=generator).to(dtype)[:, :, :77] for _ in range(2))
+    first = torch.tensor([0, 3, 76, 40, 11], dtype=torch.int32)
+    mask = torch.zeros(5, 1, 1, 77).masked_fill(torch.arange(77) < first[:, None, None, None], -torch.inf)
+    found = kernel(spoken[:, :8], key, value, first, 0.125)
+    wanted = attend(spoken[:, :8].float(), key.float(), value.float(), mask, 0.125)
+    return bool(torch.allclose(found.float(), wanted, atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=1e-2))

@@ -1,0 +1,174 @@
+"""The compiled attention of single tokens against the formula, and what happens where there is none."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from heeler.policies.attention import use_fast_attention
+from heeler.policies.loading import load_causal_lm
+from heeler.rollout.engines import token_attention
+from heeler.rollout.engines.native import NativeEngine
+from heeler.rollout.engines.token_attention import WIDTHS, for_head, loaded
+from heeler.train.text import build_text_run
+from heeler.types import Request, Sampling
+from tests.runs import small
+from tests.tiny import save_tiny_model
+
+needs_kernel = pytest.mark.skipif(loaded()[0] is None, reason=loaded()[1])
+
+
+@pytest.fixture
+def anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A cache of its own, and no kernel loaded before or kept after."""
+    monkeypatch.setenv("HEELER_CACHE", str(tmp_path / "cache"))
+    loaded.cache_clear()
+    yield tmp_path / "cache" / "kernels"
+    loaded.cache_clear()
+
+
+def slow(query: Tensor, key: Tensor, value: Tensor, first: Tensor, scale: float) -> Tensor:
+    """Row by row and head by head, in float64."""
+    batch, heads, _ = query.shape
+    said = torch.zeros(query.shape, dtype=torch.float64)
+    for b in range(batch):
+        for h in range(heads):
+            g, begin = h * key.shape[1] // heads, int(first[b])
+            weights = (scale * key[b, g, begin:].double() @ query[b, h].double()).softmax(0)
+            said[b, h] = weights @ value[b, g, begin:].double()
+    return said
+
+
+def question(width: int, groups: int, shared: int, end: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(width + end)
+    heads, rows = groups * shared, 6
+    spoken = torch.randn(rows, heads + 2 * groups, width, generator=generator)
+    key, value = torch.randn(2, rows, groups, end + 7, width, generator=generator)
+    first = torch.randint(0, end, (rows,), generator=generator).int()
+    first[0], first[-1] = 0, end - 1
+    return spoken.to(dtype)[:, :heads], key.to(dtype)[:, :, :end], value.to(dtype)[:, :, :end], first
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("groups", "shared", "end"), [(3, 3, 41), (1, 8, 300), (4, 1, 1), (2, 2, 1030)])
+def test_it_is_attention(dtype: torch.dtype, width: int, groups: int, shared: int, end: int) -> None:
+    kernel = for_head(width, torch.zeros(1, dtype=dtype))
+    assert kernel is not None
+    asked = question(width, groups, shared, end, dtype)
+    found, wanted = kernel(*asked, 1 / math.sqrt(width)), slow(*asked, 1 / math.sqrt(width))
+    assert found.dtype == dtype and found.is_contiguous()
+    near = {"atol": 1e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 5e-3, "rtol": 1e-2}
+    torch.testing.assert_close(found.double(), wanted, **near)
+
+
+@needs_kernel
+def test_sharp_and_far_logits() -> None:
+    """One column has all the weight, or the logits lie far below 0."""
+    kernel = loaded()[0]
+    assert kernel is not None
+    query, key, value, first = question(64, 2, 2, 50, torch.float32)
+    for factor, shift in ((100.0, 0.0), (1.0, -500.0)):
+        asked = (factor * query.abs(), key.contiguous(), value.contiguous(), first)
+        asked[1][..., 0] += shift
+        torch.testing.assert_close(kernel(*asked, 0.125).double(), slow(*asked, 0.125), atol=1e-4, rtol=1e-3)
+
+
+@needs_kernel
+def test_a_row_depends_on_itself_alone() -> None:
+    """To the last digit: whatever stands before its first column, in other rows, and wherever it lies."""
+    kernel = loaded()[0]
+    assert kernel is not None
+    query, key, value, first = question(64, 3, 3, 60, torch.bfloat16)
+    first = first.clamp(min=5)
+    whole = kernel(query, key, value, first, 0.125)
+    for row in range(len(first)):
+        begin = int(first[row])
+        mine = [part[row : row + 1, :, begin:].contiguous() for part in (key, value)]
+        alone = kernel(query[row : row + 1], *mine, torch.zeros(1, dtype=torch.int32), 0.125)
+        assert torch.equal(alone[0], whole[row])
+    key[:, :, :5], value[:, :, :5] = torch.nan, torch.nan
+    assert torch.equal(kernel(query, key, value, first, 0.125), whole)
+
+
+@needs_kernel
+def test_layouts_that_it_cannot_read_are_refused() -> None:
+    kernel = loaded()[0]
+    assert kernel is not None
+    query, key, value, first = question(64, 2, 2, 50, torch.float32)
+    for wrong in (
+        (query, key.contiguous(), value, first),
+        (query, key, value, first.long()),
+        (query.transpose(1, 2).contiguous().transpose(1, 2), key, value, first),
+    ):
+        with pytest.raises(ValueError, match="layout"):
+            kernel(*wrong, 0.125)
+
+
+@needs_kernel
+def test_it_is_compiled_once(anew: Path) -> None:
+    assert for_head(64, torch.zeros(1)) is not None
+    (library,) = anew.iterdir()
+    loaded.cache_clear()
+    with mock.patch.object(subprocess, "run", side_effect=AssertionError("compiled again")):
+        assert for_head(64, torch.zeros(1)) is not None
+    assert list(anew.iterdir()) == [library]
+
+
+def test_what_it_does_not_take() -> None:
+    assert for_head(24, torch.zeros(1)) is None
+    assert for_head(64, torch.zeros(1, dtype=torch.float64)) is None
+    assert for_head(64, torch.zeros(1, device="meta")) is None
+
+
+def lengths(completions: list[str], **_: Any) -> list[float]:
+    return [float(len(text)) for text in completions]
+
+
+def failing(command: Any, **_: Any) -> Any:
+    raise subprocess.CalledProcessError(1, command, stderr="attend.c: no such instruction\nand more")
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "instead", "said"),
+    [
+        (token_attention.shutil, "which", lambda name: None, "there is no C compiler"),
+        (token_attention.subprocess, "run", failing, "attend.c: no such instruction"),
+        (token_attention, "_is_right", lambda kernel, dtype: False, "answers wrongly"),
+        (token_attention.sys, "platform", "darwin", "on Linux only"),
+    ],
+)
+def test_without_it_a_run_says_so_once_and_samples_the_same(
+    where: Any, name: str, instead: Any, said: str, anew: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_tiny_model(tmp_path / "model")
+    requests = [Request(prompt=[3 + i] * (1 + i % 5), seed=i) for i in range(12)]
+    answers = []
+    for _ in range(2):
+        policy = load_causal_lm(model)
+        use_fast_attention(policy)
+        answers.append(NativeEngine(policy, eos_ids=range(20)).generate(requests, Sampling(max_new_tokens=16)))
+        monkeypatch.setattr(where, name, instead)
+        loaded.cache_clear()
+        for file in anew.glob("*"):
+            file.unlink()
+    run = build_text_run(small(model, tmp_path / "run"), prompts=["abc", "de"], reward=lengths)
+    (note,) = [note for note in run.notes if "attend by torch" in note]
+    assert said in note
+    for mine, other in zip(*answers, strict=True):
+        assert mine.tokens == other.tokens
+        torch.testing.assert_close(mine.logprobs, other.logprobs, atol=1e-4, rtol=1e-4)
+
+
+def test_it_can_be_left_out(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HEELER_KERNELS", "off")
+    assert loaded() == (None, "HEELER_KERNELS is off") and not anew.exists()
