@@ -40,6 +40,9 @@ class TokenAttention:
         pointer, number, stride = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
         self.call.argtypes = [*[pointer] * 5, *[number] * 5, *[stride] * 3, ctypes.c_float, number, number]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> TokenAttention:
+        return self  # code, which a copied engine shares
+
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, first: Tensor, scale: float) -> Tensor:
         """`[B, heads, D]`: what each row's token attends to.
 
