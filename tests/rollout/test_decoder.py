@@ -102,7 +102,10 @@ def test_a_step_is_that_of_the_model(variant: str, packed: bool, padded: bool, c
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("budget", [8192, 12], ids=["at once", "in parts"])
-def test_prompts_are_read_as_by_the_model(variant: str, budget: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("compiled", [False, True], ids=["by torch", "compiled"])
+def test_prompts_are_read_as_by_the_model(
+    variant: str, budget: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Logits, states, and the keys and values of every token; padding in the cache is 0."""
     monkeypatch.setattr("heeler.rollout.engines.decoder.PASS_TOKENS", budget)
     family, options = VARIANTS[variant]
@@ -119,7 +122,10 @@ def test_prompts_are_read_as_by_the_model(variant: str, budget: int, monkeypatch
             output_hidden_states=True,
         )  # fmt: skip
         mask = None if min(lengths) == width else seen.long()
-        logits, trunk, final = Decoder(model, trunk_layers=2).read(ids, positions, mask, caches[1])
+        decoder = Decoder(model, trunk_layers=2)
+        if not compiled:
+            decoder.compiled = None
+        logits, trunk, final = decoder.read(ids, positions, mask, caches[1])
         torch.testing.assert_close(logits, theirs.logits[:, -1], atol=2e-3, rtol=1e-3)
         torch.testing.assert_close(final, theirs.hidden_states[-1][:, -1:], atol=2e-3, rtol=1e-3)
         assert trunk is not None

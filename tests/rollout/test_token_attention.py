@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,7 +18,7 @@ from heeler.policies.attention import use_fast_attention
 from heeler.policies.loading import load_causal_lm
 from heeler.rollout.engines import token_attention
 from heeler.rollout.engines.native import NativeEngine
-from heeler.rollout.engines.token_attention import WIDTHS, for_head, loaded
+from heeler.rollout.engines.token_attention import WIDTHS, Seen, for_head, loaded
 from heeler.train.text import build_text_run
 from heeler.types import Request, Sampling
 from tests.runs import small
@@ -35,36 +36,50 @@ def anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     loaded.cache_clear()
 
 
-def slow(query: Tensor, key: Tensor, value: Tensor, first: Tensor, scale: float) -> Tensor:
-    """Row by row and head by head, in float64."""
-    batch, heads, _ = query.shape
+Asked = tuple[Tensor, Tensor, Tensor, Seen]
+
+
+def slow(query: Tensor, key: Tensor, value: Tensor, seen: Seen, scale: float) -> Tensor:
+    """Token by token and head by head, in float64."""
+    count, heads, _ = query.shape
     said = torch.zeros(query.shape, dtype=torch.float64)
-    for b in range(batch):
+    for i in range(count):
+        b, columns = int(seen.row[i]), slice(int(seen.first[i]), int(seen.end[i]))
         for h in range(heads):
-            g, begin = h * key.shape[1] // heads, int(first[b])
-            weights = (scale * key[b, g, begin:].double() @ query[b, h].double()).softmax(0)
-            said[b, h] = weights @ value[b, g, begin:].double()
+            g = h * key.shape[1] // heads
+            weights = (scale * key[b, g, columns].double() @ query[i, h].double()).softmax(0)
+            said[i, h] = weights @ value[b, g, columns].double()
     return said
 
 
-def question(width: int, groups: int, shared: int, end: int, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def question(width: int, groups: int, shared: int, end: int, dtype: torch.dtype, prompts: bool = False) -> Asked:
+    """A token of each row that sees all to the last column; or of `prompts` all tokens, each what is before it."""
     generator = torch.Generator().manual_seed(width + end)
     heads, rows = groups * shared, 6
-    spoken = torch.randn(rows, heads + 2 * groups, width, generator=generator)
-    key, value = torch.randn(2, rows, groups, end + 7, width, generator=generator)
-    first = torch.randint(0, end, (rows,), generator=generator).int()
+    first = torch.randint(0, end, (rows,), generator=generator)
     first[0], first[-1] = 0, end - 1
-    return spoken.to(dtype)[:, :heads], key.to(dtype)[:, :, :end], value.to(dtype)[:, :, :end], first
+    row, ends = torch.arange(rows), torch.full((rows,), end)
+    if prompts:
+        row = torch.repeat_interleave(row, end - first)
+        ends = torch.cat([torch.arange(int(begin), end) + 1 for begin in first])
+        first = first[row]
+    spoken = torch.randn(len(row), heads + 2 * groups, width, generator=generator).to(dtype)
+    key, value = torch.randn(2, rows, groups, end + 7, width, generator=generator).to(dtype)
+    seen = Seen(row.int(), first.int(), ends.int(), end)
+    return spoken[:, :heads], key[:, :, :end], value[:, :, :end], seen
 
 
 @needs_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize(("groups", "shared", "end"), [(3, 3, 41), (1, 8, 300), (4, 1, 1), (2, 2, 1030)])
-def test_it_is_attention(dtype: torch.dtype, width: int, groups: int, shared: int, end: int) -> None:
+@pytest.mark.parametrize(
+    ("groups", "shared", "end", "prompts"),
+    [(3, 3, 41, False), (1, 8, 300, False), (4, 1, 1, False), (2, 2, 1030, False), (3, 3, 23, True), (1, 2, 1, True)],
+)
+def test_it_is_attention(dtype: torch.dtype, width: int, groups: int, shared: int, end: int, prompts: bool) -> None:
     kernel = for_head(width, torch.zeros(1, dtype=dtype))
     assert kernel is not None
-    asked = question(width, groups, shared, end, dtype)
+    asked = question(width, groups, shared, end, dtype, prompts)
     found, wanted = kernel(*asked, 1 / math.sqrt(width)), slow(*asked, 1 / math.sqrt(width))
     assert found.dtype == dtype and found.is_contiguous()
     near = {"atol": 1e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 5e-3, "rtol": 1e-2}
@@ -76,9 +91,9 @@ def test_sharp_and_far_logits() -> None:
     """One column has all the weight, or the logits lie far below 0."""
     kernel = loaded()[0]
     assert kernel is not None
-    query, key, value, first = question(64, 2, 2, 50, torch.float32)
+    query, key, value, seen = question(64, 2, 2, 50, torch.float32)
     for factor, shift in ((100.0, 0.0), (1.0, -500.0)):
-        asked = (factor * query.abs(), key.contiguous(), value.contiguous(), first)
+        asked = (factor * query.abs(), key.contiguous(), value.contiguous(), seen)
         asked[1][..., 0] += shift
         torch.testing.assert_close(kernel(*asked, 0.125).double(), slow(*asked, 0.125), atol=1e-4, rtol=1e-3)
 
@@ -88,27 +103,29 @@ def test_a_row_depends_on_itself_alone() -> None:
     """To the last digit: whatever stands before its first column, in other rows, and wherever it lies."""
     kernel = loaded()[0]
     assert kernel is not None
-    query, key, value, first = question(64, 3, 3, 60, torch.bfloat16)
-    first = first.clamp(min=5)
-    whole = kernel(query, key, value, first, 0.125)
-    for row in range(len(first)):
-        begin = int(first[row])
+    query, key, value, seen = question(64, 3, 3, 60, torch.bfloat16)
+    seen = replace(seen, first=seen.first.clamp(min=5))
+    whole = kernel(query, key, value, seen, 0.125)
+    for row in range(len(query)):
+        begin = int(seen.first[row])
         mine = [part[row : row + 1, :, begin:].contiguous() for part in (key, value)]
-        alone = kernel(query[row : row + 1], *mine, torch.zeros(1, dtype=torch.int32), 0.125)
+        zero = torch.zeros(1, dtype=torch.int32)
+        alone = kernel(query[row : row + 1], *mine, Seen(zero, zero, zero + 60 - begin, 60), 0.125)
         assert torch.equal(alone[0], whole[row])
     key[:, :, :5], value[:, :, :5] = torch.nan, torch.nan
-    assert torch.equal(kernel(query, key, value, first, 0.125), whole)
+    assert torch.equal(kernel(query, key, value, seen, 0.125), whole)
 
 
 @needs_kernel
 def test_layouts_that_it_cannot_read_are_refused() -> None:
     kernel = loaded()[0]
     assert kernel is not None
-    query, key, value, first = question(64, 2, 2, 50, torch.float32)
+    query, key, value, seen = question(64, 2, 2, 50, torch.float32)
     for wrong in (
-        (query, key.contiguous(), value, first),
-        (query, key, value, first.long()),
-        (query.transpose(1, 2).contiguous().transpose(1, 2), key, value, first),
+        (query, key.contiguous(), value, seen),
+        (query, key, value, replace(seen, first=seen.first.long())),
+        (query[:-1], key, value, seen),
+        (query.transpose(1, 2).contiguous().transpose(1, 2), key, value, seen),
     ):
         with pytest.raises(ValueError, match="layout"):
             kernel(*wrong, 0.125)

@@ -1,10 +1,10 @@
-/* Attention of one token a row, over the columns that the row has.
+/* Attention of single tokens: each sees some columns of one row of keys and values.
 
-   For every row b and group g (heads of a group share keys and values), with c from first[b] to end:
+   For every token i and group g (heads of a group share keys and values), with b = row[i] and c from first[i] to end[i]:
 
-       s[h][c] = scale * q[b][h] . k[b][g][c]       p[h] = exp(s[h] - max s[h]) / sum       o[b][h] = sum_c p[h][c] v[b][g][c]
+       s[h][c] = scale * q[i][h] . k[b][g][c]       p[h] = exp(s[h] - max s[h]) / sum       o[i][h] = sum_c p[h][c] v[b][g][c]
 
-   Numbers are bf16 or float32 in memory and float32 in between. A row's result depends on that row alone.
+   Numbers are bf16 or float32 in memory and float32 in between. A token's result depends on what it sees alone.
    Built, loaded and checked by token_attention.py, which says when. Strides are in numbers, not bytes. */
 
 #include <float.h>
@@ -83,22 +83,23 @@ BOTH(8) BOTH(16) BOTH(32) BOTH(64) BOTH(80) BOTH(96) BOTH(128) BOTH(256)
                                  (float *)o + out, s, shared, columns, scale);                                 \
         break;
 
-/* q [rows, groups * shared, width], its rows `q_row` apart; k, v [rows, groups, .., width], rows and groups `kv_row` and
-   `kv_group` apart; o [rows, groups * shared, width] without gaps; 1 where there is no memory, 2 where the width is
-   not built */
-int attend(const void *q, const void *k, const void *v, void *o, const int32_t *first, int rows, int groups, int shared,
-           int width, int end, int64_t q_row, int64_t kv_row, int64_t kv_group, float scale, int rounded, int threads) {
+/* q [tokens, groups * shared, width], tokens `q_token` apart; k, v [rows, groups, .., width], rows and groups `kv_row` and
+   `kv_group` apart; o [tokens, groups * shared, width] without gaps; no token sees more than `longest` columns.
+   1 where there is no memory, 2 where the width is not built */
+int attend(const void *q, const void *k, const void *v, void *o, const int32_t *row, const int32_t *first,
+           const int32_t *end, int tokens, int groups, int shared, int width, int longest, int64_t q_token,
+           int64_t kv_row, int64_t kv_group, float scale, int rounded, int threads) {
     int failed = 0;
 #pragma omp parallel num_threads(threads)
     {
-        float *s = malloc(sizeof(float) * (size_t)shared * (size_t)(end + width));
+        float *s = malloc(sizeof(float) * (size_t)shared * (size_t)(longest + width));
         if (s == NULL) failed = 1;
 #pragma omp for schedule(dynamic, 4)
-        for (int task = 0; task < rows * groups; task++) {
+        for (int task = 0; task < tokens * groups; task++) {
             if (s == NULL) continue;
-            int b = task / groups, g = task % groups, columns = end - first[b];
-            int64_t query = b * q_row + (int64_t)g * shared * width, out = ((int64_t)b * groups + g) * shared * width;
-            int64_t start = b * kv_row + g * kv_group + (int64_t)first[b] * width;
+            int i = task / groups, g = task % groups, columns = end[i] - first[i];
+            int64_t query = i * q_token + (int64_t)g * shared * width, out = ((int64_t)i * groups + g) * shared * width;
+            int64_t start = row[i] * kv_row + g * kv_group + (int64_t)first[i] * width;
             switch (width) {
                 CALL(8) CALL(16) CALL(32) CALL(64) CALL(80) CALL(96) CALL(128) CALL(256)
                 default: failed = 2;

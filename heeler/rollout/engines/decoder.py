@@ -28,7 +28,7 @@ from heeler.policies.attention import attend
 from heeler.policies.llama import like_llama
 from heeler.rollout.engines import packing
 from heeler.rollout.engines.packing import Joined, can_pack
-from heeler.rollout.engines.token_attention import for_head
+from heeler.rollout.engines.token_attention import Seen, for_head
 
 PASS_TOKENS = 8192  # of prompts read at once, which bounds the memory
 
@@ -121,6 +121,7 @@ class Decoder:
             count = len(list(group))
             runs.append((slice(row, row + count), slice(token, token + count * length), length))
             row, token = row + count, token + count * length
+        at = None if self.compiled is None else _columns(lengths, first, positions, cache.layers[0].length)
         x = self.embedding(ids)
         cos, sin = (part[0, :, None] for part in self.rotary(x[None], positions[None]))
         trunk: Tensor | None = None
@@ -130,21 +131,32 @@ class Decoder:
             if layer.norms is not None:
                 queries, keys = (_norm(n, part) for n, part in zip(layer.norms, (queries, keys), strict=True))
             queries, keys = _turned(queries, cos, sin), _turned(keys, cos, sin)
-            attended = torch.empty_like(queries)
-            for rows, tokens, length in runs:
-                q, k, v = (part[tokens].unflatten(0, (-1, length)).transpose(1, 2) for part in (queries, keys, values))
-                kept.keys[rows, :, kept.length - length : kept.length] = k
-                kept.values[rows, :, kept.length - length : kept.length] = v
-                said = nn.functional.scaled_dot_product_attention(
-                    q, k, v, is_causal=True, scale=self.scale, enable_gqa=self.heads != self.groups
-                )
-                attended[tokens] = said.transpose(1, 2).flatten(0, 1)
+            if self.compiled is not None and at is not None:
+                kept.keys[at.row, :, at.end - 1], kept.values[at.row, :, at.end - 1] = keys, values
+                attended = self.compiled(queries, kept.keys, kept.values, at, self.scale)
+            else:
+                attended = self._by_length(queries, keys, values, runs, kept)
             x = layer.attended(attended.flatten(1)).add_(x)
             x = _mlp(layer, x)
             if number + 1 == self.trunk_layers:
                 trunk = x
         ends = torch.tensor(lengths).cumsum(0) - 1
         return trunk, _norm(self.norm, x[ends])
+
+    def _by_length(
+        self, queries: Tensor, keys: Tensor, values: Tensor, runs: list[tuple[slice, slice, int]], kept: Any
+    ) -> Tensor:
+        """`[T, heads, D]` by torch's attention, prompts of one length together; keys and values go to the cache."""
+        attended = torch.empty_like(queries)
+        for rows, tokens, length in runs:
+            q, k, v = (part[tokens].unflatten(0, (-1, length)).transpose(1, 2) for part in (queries, keys, values))
+            kept.keys[rows, :, kept.length - length : kept.length] = k
+            kept.values[rows, :, kept.length - length : kept.length] = v
+            said = nn.functional.scaled_dot_product_attention(
+                q, k, v, is_causal=True, scale=self.scale, enable_gqa=self.heads != self.groups
+            )
+            attended[tokens] = said.transpose(1, 2).flatten(0, 1)
+        return attended
 
     def __call__(
         self, ids: Tensor, positions: Tensor, mask: Tensor | None, cache: Any
@@ -162,11 +174,13 @@ class Decoder:
         """
         x = self.embedding(ids[:, 0])
         cos, sin = self.rotary(x[:, None], positions)
-        first: Tensor | None = None  # column of each row
+        seen: Seen | None = None
         hidden: Tensor | None = None  # added to the attention's logits
         if self.compiled is not None:
-            first = ids.new_zeros(len(ids)) if mask is None else (mask == 0).sum(1)
-            first = first.int()
+            end = cache.get_seq_length() + 1
+            rows = torch.arange(len(ids), dtype=torch.int32)
+            first = torch.zeros_like(rows) if mask is None else (mask == 0).sum(1, dtype=torch.int32)
+            seen = Seen(rows, first, torch.full_like(rows, end), end)
         elif mask is not None:
             hidden = x.new_zeros(mask.shape).masked_fill_(mask == 0, -torch.inf)[:, None, None]
         trunk: Tensor | None = None
@@ -179,8 +193,8 @@ class Decoder:
             turned = _turned(heads, cos, sin)
             keys, values = kept.update(turned[:, self.heads :, None], spoken[:, self.heads + self.groups :, None])
             queries = turned[:, : self.heads]
-            if self.compiled is not None and first is not None:
-                attended = self.compiled(queries, keys, values, first, self.scale)
+            if self.compiled is not None and seen is not None:
+                attended = self.compiled(queries, keys, values, seen, self.scale)
             else:
                 attended = attend(queries, keys, values, hidden, self.scale)
             x = layer.attended(attended.flatten(1)).add_(x)
@@ -189,6 +203,13 @@ class Decoder:
                 trunk = x
         x = _norm(self.norm, x)
         return self.output(x), None if trunk is None else trunk[:, None], x[:, None]
+
+
+def _columns(lengths: list[int], first: int, positions: Tensor, width: int) -> Seen:
+    """What the tokens of prompts see: their own and earlier ones of rows of `width` columns that begin with `first`."""
+    owners = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    begins = (width - torch.tensor(lengths, dtype=torch.int32))[owners]
+    return Seen((owners + first).int(), begins, begins + 1 + positions.int(), width)
 
 
 def _parts(lengths: list[int]) -> Iterator[slice]:

@@ -1,7 +1,8 @@
-"""Attention of one token a row, compiled: attend.c, built by the machine's C compiler when it is first needed.
+"""Attention of single tokens, compiled: attend.c, built by the machine's C compiler when it is first needed.
 
 torch's attention and its small products take three to four times as long for single tokens over short and middling
-rows (docs/benchmarks/decoding_parts.md), and read the columns before a row's first token too. Compiling takes a second;
+rows (docs/benchmarks/decoding_parts.md), and read the columns before a row's first token too. Prompts, whose tokens see
+one column more each, are read by it as well, whatever their lengths, without padding. Compiling takes a second;
 the result is kept in the cache, by source, compiler and processor. It is used on Linux where a compiler is found, the
 threads are torch's own, and its answers to a first question are right; elsewhere `attend` of policies/attention.py is,
 and a run says so. HEELER_KERNELS=off leaves it out.
@@ -17,6 +18,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -32,42 +34,54 @@ WIDTHS = (8, 16, 32, 64, 80, 96, 128, 256)  # of a head, that are built
 TYPES = (torch.float32, torch.bfloat16)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What each of `[N]` tokens sees: a row of keys and values, from its column `first` to before `end`; all int32."""
+
+    row: Tensor
+    first: Tensor
+    end: Tensor
+    longest: int  # columns that any of them sees, at least
+
+
 class TokenAttention:
     """The loaded kernel; `for_head` gives one only where it can be used."""
 
     def __init__(self, library: Path) -> None:
         self.call: Any = ctypes.CDLL(str(library)).attend
         pointer, number, stride = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-        self.call.argtypes = [*[pointer] * 5, *[number] * 5, *[stride] * 3, ctypes.c_float, number, number]
+        self.call.argtypes = [*[pointer] * 7, *[number] * 5, *[stride] * 3, ctypes.c_float, number, number]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> TokenAttention:
         return self  # code, which a copied engine shares
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, first: Tensor, scale: float) -> Tensor:
-        """`[B, heads, D]`: what each row's token attends to.
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, seen: Seen, scale: float) -> Tensor:
+        """`[N, heads, D]`: what each token attends to.
 
         Args:
-            query: `[B, heads, D]`, rows in any distance.
+            query: `[N, heads, D]`, tokens in any distance.
             key, value: `[B, groups, n, D]`, of equal strides; a column's D numbers lie side by side.
-            first: `[B]` int32, the first column that each row sees; it sees all after it.
+            seen: the columns of each token, at least one.
             scale: of the logits.
 
         Raises:
             ValueError: the tensors lie otherwise.
         """
-        batch, heads, width = query.shape
-        groups, end = key.shape[1], key.shape[2]
+        count, heads, width = query.shape
+        groups = key.shape[1]
         side_by_side = query.stride()[1:] == (width, 1) and key.stride()[2:] == (width, 1)
-        if not side_by_side or key.stride() != value.stride() or first.dtype != torch.int32:
-            raise ValueError("queries, keys, values or first columns have a layout that the kernel does not read")
-        said = query.new_empty(batch, heads, width)
+        places = (seen.row, seen.first, seen.end)
+        whole = all(x.dtype == torch.int32 and len(x) == count and x.is_contiguous() for x in places)
+        if not (side_by_side and whole) or key.stride() != value.stride():
+            raise ValueError("queries, keys, values or columns have a layout that the kernel does not read")
+        said = query.new_empty(count, heads, width)
         failed = self.call(
-            query.data_ptr(), key.data_ptr(), value.data_ptr(), said.data_ptr(), first.data_ptr(),
-            batch, groups, heads // groups, width, end, query.stride(0), key.stride(0), key.stride(1), scale,
+            query.data_ptr(), key.data_ptr(), value.data_ptr(), said.data_ptr(), *(x.data_ptr() for x in places),
+            count, groups, heads // groups, width, seen.longest, query.stride(0), key.stride(0), key.stride(1), scale,
             query.dtype == torch.bfloat16, torch.get_num_threads(),
         )  # fmt: skip
         if failed:
-            raise MemoryError(f"no memory for the attention of {batch} rows over {end} columns")
+            raise MemoryError(f"no memory for the attention of {count} tokens over {seen.longest} columns")
         return said
 
 
@@ -126,7 +140,8 @@ def _is_right(kernel: TokenAttention, dtype: torch.dtype) -> bool:
     spoken = torch.randn(5, 10, 64, generator=generator).to(dtype)
     key, value = (torch.randn(5, 2, 90, 64, generator=generator).to(dtype)[:, :, :77] for _ in range(2))
     first = torch.tensor([0, 3, 76, 40, 11], dtype=torch.int32)
+    seen = Seen(torch.arange(5, dtype=torch.int32), first, torch.full_like(first, 77), 77)
     mask = torch.zeros(5, 1, 1, 77).masked_fill(torch.arange(77) < first[:, None, None, None], -torch.inf)
-    found = kernel(spoken[:, :8], key, value, first, 0.125)
+    found = kernel(spoken[:, :8], key, value, seen, 0.125)
     wanted = attend(spoken[:, :8].float(), key.float(), value.float(), mask, 0.125)
     return bool(torch.allclose(found.float(), wanted, atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=1e-2))
