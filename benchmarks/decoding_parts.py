@@ -26,6 +26,7 @@ from pages import hardware, processor, replace_section  # noqa: E402
 
 from heeler.policies.attention import SHORT, attend, short_rows  # noqa: E402
 from heeler.rollout.engines.packing import Blocks  # noqa: E402
+from heeler.rollout.engines.token_attention import Seen, for_head  # noqa: E402
 from heeler.runtime.products import library_for  # noqa: E402
 
 HIDDEN, LAYERS, INNER = SHAPES["135M"].hidden, SHAPES["135M"].layers, SHAPES["135M"].inner
@@ -123,9 +124,19 @@ def attention_ways(rows: int, columns: int, dtype: torch.dtype) -> dict[str, Way
         for key, value in layers:
             attend(query[:, :, 0], key, value, hidden, None)
 
+    first = begins.int()
+    seen = Seen(torch.arange(rows, dtype=torch.int32), first, torch.full_like(first, columns), columns)
+    kernel = for_head(WIDTH, query)
+
+    def compiled() -> None:
+        for key, value in layers:
+            assert kernel is not None
+            kernel(query[:, :, 0], key, value, seen, WIDTH**-0.5)
+
     return {
         "keys and values repeated": repeated, "torch's grouping": by_torch, "heads as queries": as_queries,
-        "plain products": by_products, f"Heeler: products up to {SHORT} columns": heeler,
+        "plain products": by_products, f"Heeler without a compiler: products up to {SHORT} columns": heeler,
+        **({"Heeler: compiled": compiled} if kernel is not None else {}),
     }  # fmt: skip
 
 

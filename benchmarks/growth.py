@@ -83,8 +83,13 @@ TITLES = {
 }
 
 
-def floors(case: Case, vocabulary: int, rate: float, bandwidth: float) -> dict[str, float]:
-    """Seconds that each stage takes at least, at `rate` operations and `bandwidth` bytes a second."""
+def floors(case: Case, vocabulary: int, rate: float, bandwidth: float, rounded: bool) -> dict[str, float]:
+    """Seconds that each stage takes at least, at `rate` operations and `bandwidth` bytes a second.
+
+    In fp32 the engine's log-probabilities are the old policy's and scoring runs the reference alone; in bf16
+    (`rounded`) it runs the policy too, whose pass the update goes on from.
+    """
+    number = 2.0 if rounded else 4.0  # bytes
     shape = SHAPES[case.size]
     sequences, last = case.prompts, PROMPT + case.response - 1
     layers, head = 2.0 * shape.layer_weights, 2.0 * vocabulary * shape.hidden  # operations a token
@@ -93,16 +98,16 @@ def floors(case: Case, vocabulary: int, rate: float, bandwidth: float) -> dict[s
     attention = sequences * pairs * last * (last + 1) / 2
     weights = shape.layer_weights + vocabulary * shape.hidden
     prefill = (sequences * PROMPT * layers + sequences * head) / rate
-    keys = 8.0 * shape.layers * shape.hidden / 3  # bytes of keys and values of a token
+    keys = 2.0 * number * shape.layers * shape.hidden / 3  # bytes of keys and values of a token
     steps = 0.0
     for done in range(PROMPT, last):
         operations = sequences * (layers + head + pairs * (done + 1))
-        steps += max(operations / rate, (4.0 * weights + sequences * keys * (done + 1)) / bandwidth)
+        steps += max(operations / rate, (number * weights + sequences * keys * (done + 1)) / bandwidth)
+    forward = (fed * layers + decisions * head + attention) / rate
     return {
         "rollout": prefill + steps,
-        "score": (fed * layers + decisions * head + attention) / rate,
-        # forward and twice as much backward; the logits are computed again in the backward pass
-        "update": (3 * fed * layers + 4 * decisions * head + 3 * attention) / rate + 36.0 * weights / bandwidth,
+        "score": (1 + rounded) * forward,
+        "update": (3 - rounded) * forward + 36.0 * weights / bandwidth,  # backwards is twice forwards
     }
 
 
@@ -110,13 +115,15 @@ def machine(precision: str = "fp32") -> tuple[float, float]:
     """`(operations a second of a large product in that precision, bytes a second of a large copy)`."""
     import torch
 
+    from heeler.runtime.products import product as multiply
+
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     a, b = torch.ones(2048, 1536, dtype=dtype), torch.ones(1536, 2048, dtype=dtype)
     source, target = torch.ones(64 << 20), torch.ones(64 << 20)
     product, copied = float("inf"), float("inf")
     for _ in range(10):
         begun = time.perf_counter()
-        torch.matmul(a, b)
+        multiply(a, b.t())
         product = min(product, time.perf_counter() - begun)
         begun = time.perf_counter()
         target.copy_(source)
@@ -134,11 +141,13 @@ def measure(case: Case, threads: int) -> dict[str, float]:
     from heeler.policies.language_model import Full
     from heeler.policies.loading import load_tokenizer
     from heeler.recipes.imdb import smollm2_folder
-    from heeler.runtime.machine import peak_memory_gib
+    from heeler.runtime.machine import choose_precision, peak_memory_gib
     from heeler.runtime.reduce import LocalReduce
     from heeler.train.ppo import train_loop
     from heeler.train.text import build_text_run
 
+    torch.set_num_threads(threads)
+    precision, _ = choose_precision("auto", "cpu")
     tokenizer = load_tokenizer(str(smollm2_folder(show=False)))
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
@@ -146,7 +155,7 @@ def measure(case: Case, threads: int) -> dict[str, float]:
         tokenizer.save_pretrained(folder)
         config = TextConfig(
             model=folder, prompts_per_update=case.prompts, sampling=Sampling(max_new_tokens=case.response),
-            trainable=Full(), lr=1e-6, ppo=PPOConfig(), threads=threads, precision="fp32", engine_rows=case.prompts,
+            trainable=Full(), lr=1e-6, ppo=PPOConfig(), threads=threads, precision=precision, engine_rows=case.prompts,
         )  # fmt: skip
         run = build_text_run(config, reward=lambda prompts, completions, **columns: [0.0] * len(prompts))
     rows = torch.randint(100, 40000, (case.prompts, PROMPT)).tolist()
@@ -158,11 +167,13 @@ def measure(case: Case, threads: int) -> dict[str, float]:
         run.state, run.collector(), run.score(), two, LocalReduce(), lambda r: bool(seen.append(r.metrics)) or True
     )
     peak = peak_memory_gib()  # before the copy of `machine`
-    rate, bandwidth = machine()
+    rate, bandwidth = machine(precision)
+    least = floors(case, len(tokenizer), rate, bandwidth, precision == "bf16")
     return {
+        "bf16": float(precision == "bf16"),
         "peak": peak, "rate": rate, "bandwidth": bandwidth,
         **{stage: seen[1][f"time/{stage}"] for stage in STAGES},
-        **{f"floor/{stage}": floor for stage, floor in floors(case, len(tokenizer), rate, bandwidth).items()},
+        **{f"floor/{stage}": floor for stage, floor in least.items()},
     }  # fmt: skip
 
 
@@ -205,6 +216,7 @@ def main() -> None:
     tables: list[str] = []
     rates: list[float] = []
     bandwidths: list[float] = []
+    rounded = False
     for name, varied in zip(CASES, ("prompts", "tokens", "weights"), strict=True):
         if name not in given.only:
             continue
@@ -212,6 +224,7 @@ def main() -> None:
         for case in CASES[name]:
             results.append(child(case, given.threads))
             print(case, {key: round(value, 2) for key, value in results[-1].items()}, flush=True)
+        rounded = bool(results[0]["bf16"])
         rates += [result["rate"] for result in results]
         bandwidths += [result["bandwidth"] for result in results]
         tables += ["", f"## {TITLES[name]}", "", *table(CASES[name], results, varied)]
@@ -220,7 +233,7 @@ def main() -> None:
         "# How the cost of an update grows",
         "",
         f"Made by `python benchmarks/growth.py --threads {given.threads}{only}`. Hardware: {hardware()}. torch"
-        f" {torch.__version__}, fp32.",
+        f" {torch.__version__}, {'bf16' if rounded else 'fp32'}.",
         "Random models in the shape of SmolLM2 with its vocabulary, all weights trained, value head, one epoch of one",
         "minibatch, prompts of 16 tokens; the second update of a process each. The floor of a stage: the operations of",
         "its matrix products at the rate of one large product"
