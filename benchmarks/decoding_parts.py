@@ -25,8 +25,8 @@ from growth import SHAPES, machine  # noqa: E402
 from pages import hardware, processor, replace_section  # noqa: E402
 
 from heeler.policies.attention import SHORT, attend, short_rows  # noqa: E402
+from heeler.rollout.engines.kernels import Seen, for_head  # noqa: E402
 from heeler.rollout.engines.packing import Blocks  # noqa: E402
-from heeler.rollout.engines.token_attention import Seen, for_head  # noqa: E402
 from heeler.runtime.products import library_for  # noqa: E402
 
 HIDDEN, LAYERS, INNER = SHAPES["135M"].hidden, SHAPES["135M"].layers, SHAPES["135M"].inner
@@ -131,7 +131,7 @@ def attention_ways(rows: int, columns: int, dtype: torch.dtype) -> dict[str, Way
     def compiled() -> None:
         for key, value in layers:
             assert kernel is not None
-            kernel(query[:, :, 0], key, value, seen, WIDTH**-0.5)
+            kernel.attend(query[:, :, 0], key, value, seen, WIDTH**-0.5)
 
     return {
         "keys and values repeated": repeated, "torch's grouping": by_torch, "heads as queries": as_queries,

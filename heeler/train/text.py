@@ -30,7 +30,7 @@ from heeler.ppo.update import PPOConfig
 from heeler.rewards.functions import FunctionReward, RewardFunction, check_names, takes
 from heeler.rewards.http import HTTPReward
 from heeler.rewards.specs import load_judges, load_reward
-from heeler.rollout.engines import token_attention
+from heeler.rollout.engines import kernels
 from heeler.rollout.engines.batch import BatchEngine
 from heeler.rollout.engines.draws import GREEDY, draw_seed
 from heeler.rollout.engines.hf import HFEngine
@@ -482,7 +482,7 @@ def build_text_run(
             " knows Llama, Mistral, Qwen2 and Qwen3 without windows"
         )
     elif isinstance(engine, NativeEngine) and device == "cpu" and not engine.attention_compiled:
-        reason = token_attention.loaded()[1] or "its heads are of a width that is not built"
+        reason = kernels.loaded()[1] or "its heads are of a width that is not built"
         notes.append(f"single tokens attend by torch, which is slower than a compiled kernel: {reason}")
     if loaded and loaded_eval:
         both = len(set(map(tuple, loaded.tokens)) & set(map(tuple, loaded_eval.tokens)))

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from heeler.policies.attention import attend
 from heeler.policies.llama import like_llama
 from heeler.rollout.engines import packing
+from heeler.rollout.engines.kernels import Seen, for_head
 from heeler.rollout.engines.packing import Joined, can_pack
-from heeler.rollout.engines.token_attention import Seen, for_head
 
 PASS_TOKENS = 8192  # of prompts read at once, which bounds the memory
 
@@ -126,22 +126,39 @@ class Decoder:
         cos, sin = (part[0, :, None] for part in self.rotary(x[None], positions[None]))
         trunk: Tensor | None = None
         for number, (layer, kept) in enumerate(zip(self.layers, cache.layers, strict=True)):
-            spoken = layer.read.each(_norm(layer.before_attention, x))
+            spoken = layer.read.each(self._norm(layer.before_attention, x))
             queries, keys, values = (part.view(len(x), -1, self.width) for part in spoken)
             if layer.norms is not None:
                 queries, keys = (_norm(n, part) for n, part in zip(layer.norms, (queries, keys), strict=True))
-            queries, keys = _turned(queries, cos, sin), _turned(keys, cos, sin)
+            queries, keys = self._turned(queries, cos, sin), self._turned(keys, cos, sin)
             if self.compiled is not None and at is not None:
                 kept.keys[at.row, :, at.end - 1], kept.values[at.row, :, at.end - 1] = keys, values
-                attended = self.compiled(queries, kept.keys, kept.values, at, self.scale)
+                attended = self.compiled.attend(queries, kept.keys, kept.values, at, self.scale)
             else:
                 attended = self._by_length(queries, keys, values, runs, kept)
             x = layer.attended(attended.flatten(1)).add_(x)
-            x = _mlp(layer, x)
+            x = self._mlp(layer, x)
             if number + 1 == self.trunk_layers:
                 trunk = x
         ends = torch.tensor(lengths).cumsum(0) - 1
-        return trunk, _norm(self.norm, x[ends])
+        return trunk, self._norm(self.norm, x[ends])
+
+    def _norm(self, norm: Any, x: Tensor) -> Tensor:
+        if self.compiled is None or norm.weight.dtype != x.dtype:
+            return _norm(norm, x)
+        return self.compiled.norm(x, norm.weight, norm.variance_epsilon)
+
+    def _turned(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return _turned(heads, cos, sin) if self.compiled is None else self.compiled.turn(heads, cos, sin)
+
+    def _mlp(self, layer: Layer, x: Tensor) -> Tensor:
+        """`[B, H]` after the layer's second half."""
+        gate, up = layer.gate_up.each(self._norm(layer.before_mlp, x))
+        if self.compiled is not None and type(layer.act).__name__ in ("SiLU", "SiLUActivation"):
+            active = self.compiled.gate(gate, up)
+        else:
+            active = layer.act(gate).mul_(up)
+        return layer.down(active).add_(x)
 
     def _by_length(
         self, queries: Tensor, keys: Tensor, values: Tensor, runs: list[tuple[slice, slice, int]], kept: Any
@@ -185,23 +202,23 @@ class Decoder:
             hidden = x.new_zeros(mask.shape).masked_fill_(mask == 0, -torch.inf)[:, None, None]
         trunk: Tensor | None = None
         for number, (layer, kept) in enumerate(zip(self.layers, cache.layers, strict=True)):
-            spoken = layer.read(_norm(layer.before_attention, x)).view(len(x), -1, self.width)
+            spoken = layer.read(self._norm(layer.before_attention, x)).view(len(x), -1, self.width)
             heads = spoken[:, : self.heads + self.groups]
             if layer.norms is not None:
                 parts = zip(layer.norms, heads.split([self.heads, self.groups], dim=1), strict=True)
                 heads = torch.cat([_norm(norm, part) for norm, part in parts], dim=1)
-            turned = _turned(heads, cos, sin)
+            turned = self._turned(heads, cos, sin)
             keys, values = kept.update(turned[:, self.heads :, None], spoken[:, self.heads + self.groups :, None])
             queries = turned[:, : self.heads]
             if self.compiled is not None and seen is not None:
-                attended = self.compiled(queries, keys, values, seen, self.scale)
+                attended = self.compiled.attend(queries, keys, values, seen, self.scale)
             else:
                 attended = attend(queries, keys, values, hidden, self.scale)
             x = layer.attended(attended.flatten(1)).add_(x)
-            x = _mlp(layer, x)
+            x = self._mlp(layer, x)
             if number + 1 == self.trunk_layers:
                 trunk = x
-        x = _norm(self.norm, x)
+        x = self._norm(self.norm, x)
         return self.output(x), None if trunk is None else trunk[:, None], x[:, None]
 
 
@@ -244,12 +261,6 @@ def _layer(layer: Any) -> Layer:
         act=mlp.act_fn,
         down=Joined(mlp.down_proj),
     )
-
-
-def _mlp(layer: Layer, x: Tensor) -> Tensor:
-    """`[B, H]` after the layer's second half."""
-    gate, up = layer.gate_up.each(_norm(layer.before_mlp, x))
-    return layer.down(layer.act(gate).mul_(up)).add_(x)
 
 
 def _norm(norm: Any, x: Tensor) -> Tensor:

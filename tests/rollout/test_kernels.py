@@ -1,4 +1,4 @@
-"""The compiled attention of single tokens against the formula, and what happens where there is none."""
+"""What is compiled for a decoding step against the formulas, and what happens where nothing is."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from torch import Tensor
 
 from heeler.policies.attention import use_fast_attention
 from heeler.policies.loading import load_causal_lm
-from heeler.rollout.engines import token_attention
+from heeler.rollout.engines import kernels
+from heeler.rollout.engines.kernels import WIDTHS, Seen, for_head, loaded
 from heeler.rollout.engines.native import NativeEngine
-from heeler.rollout.engines.token_attention import WIDTHS, Seen, for_head, loaded
 from heeler.train.text import build_text_run
 from heeler.types import Request, Sampling
 from tests.runs import small
@@ -80,10 +80,38 @@ def test_it_is_attention(dtype: torch.dtype, width: int, groups: int, shared: in
     kernel = for_head(width, torch.zeros(1, dtype=dtype))
     assert kernel is not None
     asked = question(width, groups, shared, end, dtype, prompts)
-    found, wanted = kernel(*asked, 1 / math.sqrt(width)), slow(*asked, 1 / math.sqrt(width))
+    found, wanted = kernel.attend(*asked, 1 / math.sqrt(width)), slow(*asked, 1 / math.sqrt(width))
     assert found.dtype == dtype and found.is_contiguous()
     near = {"atol": 1e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 5e-3, "rtol": 1e-2}
     torch.testing.assert_close(found.double(), wanted, **near)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("tokens", "width"), [(1, 64), (5, 576), (70, 24)])
+def test_norms_rotations_and_gates(dtype: torch.dtype, tokens: int, width: int) -> None:
+    kernel = loaded()[0]
+    assert kernel is not None
+    generator = torch.Generator().manual_seed(tokens)
+    x, w = 3 * torch.randn(tokens, width, generator=generator), torch.randn(width, generator=generator)
+    heads = torch.randn(tokens, 7, width, generator=generator).to(dtype)[:, :5]
+    angles = torch.randn(tokens, 1, width // 2, generator=generator).repeat(1, 1, 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    gates = 20 * torch.randn(tokens, 2 * width, generator=generator).to(dtype)
+    gates[0, :2] = torch.tensor([-300.0, 300.0])
+    x, w = x.to(dtype), w.to(dtype)
+    h = heads.double()
+    half = width // 2
+    exact = (
+        x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt() * w.double(),
+        h * cos.double() + torch.cat([-h[..., half:], h[..., :half]], -1) * sin.double(),
+        torch.nn.functional.silu(gates[:, :width].double()) * gates[:, width:].double(),
+    )
+    found = kernel.norm(x, w, 1e-5), kernel.turn(heads, cos, sin), kernel.gate(gates[:, :width], gates[:, width:])
+    for mine, other in zip(found, exact, strict=True):
+        assert mine.dtype == dtype and mine.is_contiguous()
+        near = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 1e-2, "rtol": 1e-2}
+        torch.testing.assert_close(mine.double(), other, **near)
 
 
 @needs_kernel
@@ -95,7 +123,7 @@ def test_sharp_and_far_logits() -> None:
     for factor, shift in ((100.0, 0.0), (1.0, -500.0)):
         asked = (factor * query.abs(), key.contiguous(), value.contiguous(), seen)
         asked[1][..., 0] += shift
-        torch.testing.assert_close(kernel(*asked, 0.125).double(), slow(*asked, 0.125), atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(kernel.attend(*asked, 0.125).double(), slow(*asked, 0.125), atol=1e-4, rtol=1e-3)
 
 
 @needs_kernel
@@ -105,15 +133,15 @@ def test_a_row_depends_on_itself_alone() -> None:
     assert kernel is not None
     query, key, value, seen = question(64, 3, 3, 60, torch.bfloat16)
     seen = replace(seen, first=seen.first.clamp(min=5))
-    whole = kernel(query, key, value, seen, 0.125)
+    whole = kernel.attend(query, key, value, seen, 0.125)
     for row in range(len(query)):
         begin = int(seen.first[row])
         mine = [part[row : row + 1, :, begin:].contiguous() for part in (key, value)]
         zero = torch.zeros(1, dtype=torch.int32)
-        alone = kernel(query[row : row + 1], *mine, Seen(zero, zero, zero + 60 - begin, 60), 0.125)
+        alone = kernel.attend(query[row : row + 1], *mine, Seen(zero, zero, zero + 60 - begin, 60), 0.125)
         assert torch.equal(alone[0], whole[row])
     key[:, :, :5], value[:, :, :5] = torch.nan, torch.nan
-    assert torch.equal(kernel(query, key, value, seen, 0.125), whole)
+    assert torch.equal(kernel.attend(query, key, value, seen, 0.125), whole)
 
 
 @needs_kernel
@@ -128,7 +156,18 @@ def test_layouts_that_it_cannot_read_are_refused() -> None:
         (query.transpose(1, 2).contiguous().transpose(1, 2), key, value, seen),
     ):
         with pytest.raises(ValueError, match="layout"):
-            kernel(*wrong, 0.125)
+            kernel.attend(*wrong, 0.125)
+    x = torch.randn(6, 8)
+    for call in (
+        lambda: kernel.norm(x.t(), x[0], 1e-5),
+        lambda: kernel.norm(x, x[0].double(), 1e-5),
+        lambda: kernel.turn(x[:, None].bfloat16(), x[:, None], x[:, None]),
+        lambda: kernel.turn(x.view(6, 2, 4).transpose(1, 2), x[:, None, :2], x[:, None, :2]),
+        lambda: kernel.gate(x[:, ::2], x[:, 1::2]),
+        lambda: kernel.gate(x[:, :4], x[:, 4:].contiguous()),
+    ):
+        with pytest.raises(ValueError, match="layout"):
+            call()
 
 
 @needs_kernel
@@ -152,16 +191,16 @@ def lengths(completions: list[str], **_: Any) -> list[float]:
 
 
 def failing(command: Any, **_: Any) -> Any:
-    raise subprocess.CalledProcessError(1, command, stderr="attend.c: no such instruction\nand more")
+    raise subprocess.CalledProcessError(1, command, stderr="kernels.c: no such instruction\nand more")
 
 
 @pytest.mark.parametrize(
     ("where", "name", "instead", "said"),
     [
-        (token_attention.shutil, "which", lambda name: None, "there is no C compiler"),
-        (token_attention.subprocess, "run", failing, "attend.c: no such instruction"),
-        (token_attention, "_is_right", lambda kernel, dtype: False, "answers wrongly"),
-        (token_attention.sys, "platform", "darwin", "on Linux only"),
+        (kernels.shutil, "which", lambda name: None, "there is no C compiler"),
+        (kernels.subprocess, "run", failing, "kernels.c: no such instruction"),
+        (kernels, "_is_right", lambda kernel, dtype: False, "answers wrongly"),
+        (kernels.sys, "platform", "darwin", "on Linux only"),
     ],
 )
 def test_without_it_a_run_says_so_once_and_samples_the_same(

@@ -1,8 +1,9 @@
-"""Attention of single tokens, compiled: attend.c, built by the machine's C compiler when it is first needed.
+"""What a decoding step does between its products, compiled: kernels.c, built by the machine's C compiler when needed.
 
 torch's attention and its small products take three to four times as long for single tokens over short and middling
 rows (docs/benchmarks/decoding_parts.md), and read the columns before a row's first token too. Prompts, whose tokens see
-one column more each, are read by it as well, whatever their lengths, without padding. Compiling takes a second;
+one column more each, are read by it as well, whatever their lengths, without padding. Norms, rotations and gates are
+several operations of torch each, most of whose time is the calls. Compiling takes a second;
 the result is kept in the cache, by source, compiler and processor. It is used on Linux where a compiler is found, the
 threads are torch's own, and its answers to a first question are right; elsewhere `attend` of policies/attention.py is,
 and a run says so. HEELER_KERNELS=off leaves it out.
@@ -29,7 +30,7 @@ from torch import Tensor
 from heeler.policies.attention import attend
 from heeler.runtime.cache import cache_folder
 
-SOURCE = Path(__file__).with_name("attend.c")
+SOURCE = Path(__file__).with_name("kernels.c")
 WIDTHS = (8, 16, 32, 64, 80, 96, 128, 256)  # of a head, that are built
 TYPES = (torch.float32, torch.bfloat16)
 
@@ -44,18 +45,22 @@ class Seen:
     longest: int  # columns that any of them sees, at least
 
 
-class TokenAttention:
-    """The loaded kernel; `for_head` gives one only where it can be used."""
+class Kernels:
+    """The loaded kernels; `for_head` gives them only where they can be used."""
 
     def __init__(self, library: Path) -> None:
-        self.call: Any = ctypes.CDLL(str(library)).attend
+        self.library: Any = ctypes.CDLL(str(library))
         pointer, number, stride = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
-        self.call.argtypes = [*[pointer] * 7, *[number] * 5, *[stride] * 3, ctypes.c_float, number, number]
+        ends = [number, number]  # whether bf16, threads
+        self.library.attend.argtypes = [*[pointer] * 7, *[number] * 5, *[stride] * 3, ctypes.c_float, *ends]
+        self.library.norm.argtypes = [*[pointer] * 3, number, number, ctypes.c_float, *ends]
+        self.library.turn.argtypes = [*[pointer] * 4, *[number] * 3, stride, *ends]
+        self.library.gate.argtypes = [*[pointer] * 3, number, number, stride, *ends]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> TokenAttention:
+    def __deepcopy__(self, memo: dict[int, Any]) -> Kernels:
         return self  # code, which a copied engine shares
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, seen: Seen, scale: float) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, seen: Seen, scale: float) -> Tensor:
         """`[N, heads, D]`: what each token attends to.
 
         Args:
@@ -75,24 +80,55 @@ class TokenAttention:
         if not (side_by_side and whole) or key.stride() != value.stride():
             raise ValueError("queries, keys, values or columns have a layout that the kernel does not read")
         said = query.new_empty(count, heads, width)
-        failed = self.call(
+        failed = self.library.attend(
             query.data_ptr(), key.data_ptr(), value.data_ptr(), said.data_ptr(), *(x.data_ptr() for x in places),
             count, groups, heads // groups, width, seen.longest, query.stride(0), key.stride(0), key.stride(1), scale,
-            query.dtype == torch.bfloat16, torch.get_num_threads(),
+            *_ends(query),
         )  # fmt: skip
         if failed:
             raise MemoryError(f"no memory for the attention of {count} tokens over {seen.longest} columns")
         return said
 
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """`[N, H]`: `x [N, H]` over its root mean square, times `weight [H]`."""
+        if not x.is_contiguous() or weight.dtype != x.dtype:
+            raise ValueError("states or weights of a norm have a layout that the kernel does not read")
+        y = torch.empty_like(x)
+        self.library.norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), len(x), x.shape[1], eps, *_ends(x))
+        return y
 
-def for_head(width: int, weight: Tensor) -> TokenAttention | None:
+    def turn(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """`[N, h, D]`: `heads [N, h, D]`, tokens in any distance, rotated by `cos`, `sin` `[N, 1, D]`."""
+        whole = heads.stride()[1:] == (heads.shape[2], 1) and cos.is_contiguous() and sin.is_contiguous()
+        if not whole or cos.dtype != heads.dtype or sin.dtype != heads.dtype:
+            raise ValueError("heads or rotations have a layout that the kernel does not read")
+        y = heads.new_empty(heads.shape)
+        self.library.turn(
+            heads.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr(), *heads.shape, heads.stride(0), *_ends(heads)
+        )
+        return y
+
+    def gate(self, gate: Tensor, up: Tensor) -> Tensor:
+        """`[N, F]`: silu(`gate [N, F]`) * `up [N, F]`, tokens in one distance."""
+        if gate.stride() != up.stride() or gate.stride(1) != 1:
+            raise ValueError("gates have a layout that the kernel does not read")
+        y = gate.new_empty(gate.shape)
+        self.library.gate(gate.data_ptr(), up.data_ptr(), y.data_ptr(), *gate.shape, gate.stride(0), *_ends(gate))
+        return y
+
+
+def _ends(x: Tensor) -> tuple[bool, int]:
+    return x.dtype == torch.bfloat16, torch.get_num_threads()
+
+
+def for_head(width: int, weight: Tensor) -> Kernels | None:
     """The kernel for heads of this width and products of this type and place, or None."""
     fits = weight.device.type == "cpu" and weight.dtype in TYPES and width in WIDTHS
     return loaded()[0] if fits else None
 
 
 @lru_cache(maxsize=1)
-def loaded() -> tuple[TokenAttention | None, str]:
+def loaded() -> tuple[Kernels | None, str]:
     """The kernel, or None and why there is none."""
     if os.environ.get("HEELER_KERNELS") == "off":
         return None, "HEELER_KERNELS is off"
@@ -102,7 +138,7 @@ def loaded() -> tuple[TokenAttention | None, str]:
     if compiler is None:
         return None, "there is no C compiler (gcc, cc or clang)"
     try:
-        kernel = TokenAttention(_built(compiler))
+        kernel = Kernels(_built(compiler))
         wrong = not all(_is_right(kernel, dtype) for dtype in TYPES)
     except (OSError, AttributeError, subprocess.SubprocessError) as error:
         said = str(getattr(error, "stderr", None) or error).strip().splitlines()
@@ -116,11 +152,11 @@ def _built(compiler: str) -> Path:
     flags = ["-O3", "-march=native", *wide, "-ffast-math", "-fopenmp", "-fPIC"]
     known = [SOURCE.read_text(encoding="utf-8"), compiler, str(os.stat(compiler).st_mtime), *flags, _processor()]
     key = hashlib.blake2b("\n".join(known).encode(), digest_size=8).hexdigest()
-    library = cache_folder() / "kernels" / f"attend-{key}.so"
+    library = cache_folder() / "kernels" / f"kernels-{key}.so"
     if not library.exists():
         library.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            compiled, linked = f"{folder}/attend.o", f"{folder}/attend.so"
+            compiled, linked = f"{folder}/kernels.o", f"{folder}/kernels.so"
             # OpenMP is not linked: its functions are found in what torch has loaded, so the threads are torch's
             for command in ([*flags, "-c", str(SOURCE), "-o", compiled], ["-shared", compiled, "-o", linked]):
                 subprocess.run([compiler, *command], check=True, capture_output=True, text=True, timeout=60)
@@ -135,13 +171,24 @@ def _processor() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def _is_right(kernel: TokenAttention, dtype: torch.dtype) -> bool:
+def _is_right(kernel: Kernels, dtype: torch.dtype) -> bool:
     generator = torch.Generator().manual_seed(0)
     spoken = torch.randn(5, 10, 64, generator=generator).to(dtype)
     key, value = (torch.randn(5, 2, 90, 64, generator=generator).to(dtype)[:, :, :77] for _ in range(2))
     first = torch.tensor([0, 3, 76, 40, 11], dtype=torch.int32)
     seen = Seen(torch.arange(5, dtype=torch.int32), first, torch.full_like(first, 77), 77)
     mask = torch.zeros(5, 1, 1, 77).masked_fill(torch.arange(77) < first[:, None, None, None], -torch.inf)
-    found = kernel(spoken[:, :8], key, value, seen, 0.125)
+    found = kernel.attend(spoken[:, :8], key, value, seen, 0.125)
     wanted = attend(spoken[:, :8].float(), key.float(), value.float(), mask, 0.125)
-    return bool(torch.allclose(found.float(), wanted, atol=1e-5 if dtype == torch.float32 else 2e-2, rtol=1e-2))
+    flat, (cos, sin) = spoken.flatten(1), torch.randn(2, 5, 1, 64, generator=generator).to(dtype)
+    x, gate, up = (part.float() for part in (spoken, spoken[:, 0], spoken[:, 1]))
+    turned = x * cos.float() + torch.cat([-x[..., 32:], x[..., :32]], -1) * sin.float()
+    normed = torch.nn.functional.rms_norm(flat.float(), (640,), flat[0].float(), 1e-5)
+    pairs = (
+        (found, wanted),
+        (kernel.norm(flat, flat[0].contiguous(), 1e-5), normed),
+        (kernel.turn(spoken, cos, sin), turned),
+        (kernel.gate(spoken[:, 0], spoken[:, 1]), torch.nn.functional.silu(gate) * up),
+    )
+    near = 1e-5 if dtype == torch.float32 else 2e-2
+    return all(torch.allclose(mine.float(), other, atol=near, rtol=near) for mine, other in pairs)

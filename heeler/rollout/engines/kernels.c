@@ -1,13 +1,15 @@
-/* Attention of single tokens: each sees some columns of one row of keys and values.
+/* What a decoding step does between its matrix products. Numbers are bf16 or float32 in memory and float32 in between; a
+   token's result depends on what belongs to it alone. Built, loaded and checked by kernels.py, which says when. Strides
+   are in numbers, not bytes.
 
-   For every token i and group g (heads of a group share keys and values), with b = row[i] and c from first[i] to end[i]:
+   Attention of single tokens, each of which sees some columns of one row of keys and values: for every token i and group g (heads of a group share keys and values), with b = row[i] and c from first[i] to end[i]:
 
        s[h][c] = scale * q[i][h] . k[b][g][c]       p[h] = exp(s[h] - max s[h]) / sum       o[i][h] = sum_c p[h][c] v[b][g][c]
 
-   Numbers are bf16 or float32 in memory and float32 in between. A token's result depends on what it sees alone.
-   Built, loaded and checked by token_attention.py, which says when. Strides are in numbers, not bytes. */
+   norm: x / rms(x) * w.    turn: heads rotated by their positions.    gate: silu(g) * u. */
 
 #include <float.h>
+#include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -108,4 +110,67 @@ int attend(const void *q, const void *k, const void *v, void *o, const int32_t *
         free(s);
     }
     return failed;
+}
+
+#define BETWEEN(TYPE, FROM, TO)                                                                                       \
+    static void norm_##TYPE(const TYPE *x, const TYPE *w, TYPE *y, int width, float eps) {                            \
+        float sum = 0.0f;                                                                                             \
+        for (int d = 0; d < width; d++) sum += FROM(x[d]) * FROM(x[d]);                                               \
+        float r = 1.0f / sqrtf(sum / (float)width + eps);                                                             \
+        for (int d = 0; d < width; d++) y[d] = TO(FROM(TO(FROM(x[d]) * r)) * FROM(w[d])); /* rounded as the models do */ \
+    }                                                                                                                 \
+    static void turn_##TYPE(const TYPE *x, const TYPE *cos, const TYPE *sin, TYPE *y, int heads, int width) {         \
+        int half = width / 2;                                                                                         \
+        for (int h = 0; h < heads; h++, x += width, y += width)                                                       \
+            for (int d = 0; d < half; d++) {                                                                          \
+                float a = FROM(x[d]), b = FROM(x[d + half]);                                                          \
+                y[d] = TO(a * FROM(cos[d]) - b * FROM(sin[d]));                                                       \
+                y[d + half] = TO(b * FROM(cos[d + half]) + a * FROM(sin[d + half]));                                  \
+            }                                                                                                         \
+    }                                                                                                                 \
+    static void gate_##TYPE(const TYPE *g, const TYPE *u, TYPE *y, int width) {                                       \
+        for (int d = 0; d < width; d++) {                                                                             \
+            float x = FROM(g[d]), e = exp_below(x < 0.0f ? x : -x);                                                   \
+            y[d] = TO(x * (x < 0.0f ? e : 1.0f) / (1.0f + e) * FROM(u[d]));                                           \
+        }                                                                                                             \
+    }
+
+BETWEEN(bf16, from_bf16, to_bf16)
+BETWEEN(float, from_float, to_float)
+
+/* x, y [tokens, width] without gaps, w [width] */
+void norm(const void *x, const void *w, void *y, int tokens, int width, float eps, int rounded, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int i = 0; i < tokens; i++) {
+        int64_t at = (int64_t)i * width;
+        if (rounded)
+            norm_bf16((const bf16 *)x + at, (const bf16 *)w, (bf16 *)y + at, width, eps);
+        else
+            norm_float((const float *)x + at, (const float *)w, (float *)y + at, width, eps);
+    }
+}
+
+/* x [tokens, heads, width], tokens `x_token` apart; cos, sin [tokens, width] and y [tokens, heads, width] without gaps */
+void turn(const void *x, const void *cos, const void *sin, void *y, int tokens, int heads, int width, int64_t x_token,
+          int rounded, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int i = 0; i < tokens; i++) {
+        int64_t from = i * x_token, at = (int64_t)i * width, to = (int64_t)i * heads * width;
+        if (rounded)
+            turn_bf16((const bf16 *)x + from, (const bf16 *)cos + at, (const bf16 *)sin + at, (bf16 *)y + to, heads, width);
+        else
+            turn_float((const float *)x + from, (const float *)cos + at, (const float *)sin + at, (float *)y + to, heads, width);
+    }
+}
+
+/* g, u [tokens, width], tokens `token` apart; y [tokens, width] without gaps */
+void gate(const void *g, const void *u, void *y, int tokens, int width, int64_t token, int rounded, int threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int i = 0; i < tokens; i++) {
+        int64_t from = i * token, at = (int64_t)i * width;
+        if (rounded)
+            gate_bf16((const bf16 *)g + from, (const bf16 *)u + from, (bf16 *)y + at, width);
+        else
+            gate_float((const float *)g + from, (const float *)u + from, (float *)y + at, width);
+    }
 }
