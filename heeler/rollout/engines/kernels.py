@@ -1,6 +1,6 @@
 """What a decoding step does between its products, compiled: kernels.c, built by the machine's C compiler when needed.
 
-torch's attention and its small products take three to four times as long for single tokens over short and middling
+torch's attention and its small products take 1.5 to 4 times as long for single tokens over short and middling
 rows (docs/benchmarks/decoding_parts.md), and read the columns before a row's first token too. Prompts, whose tokens see
 one column more each, are read by it as well, whatever their lengths, without padding. Norms, rotations and gates are
 several operations of torch each, most of whose time is the calls. Compiling takes a second;
