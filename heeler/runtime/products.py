@@ -17,12 +17,17 @@ from torch import Tensor
 Library = Literal["mkl", "onednn"]
 
 
+def processor_line(*names: str) -> str:
+    """The first line of the system's description of the processor that begins with one of these names."""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
+    return next((line for line in lines if line.startswith(names)), platform.processor())
+
+
 @lru_cache(maxsize=1)
 def _maker() -> str:
     """What the system says of the processor's maker: it holds "GenuineIntel", "AuthenticAMD", ..."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
-    return next((line for line in lines if line.startswith("vendor_id")), platform.processor())
+    return processor_line("vendor_id")
 
 
 def library_for(weight: Tensor) -> Library | None:

@@ -115,12 +115,7 @@ class Decoder:
         Returns:
             `(states after the trunk [T, H] or None, final states of the last tokens [P, H])`.
         """
-        runs: list[tuple[slice, slice, int]] = []  # rows of the cache, tokens, length: prompts of one length together
-        row, token = first, 0
-        for length, group in groupby(lengths):
-            count = len(list(group))
-            runs.append((slice(row, row + count), slice(token, token + count * length), length))
-            row, token = row + count, token + count * length
+        runs = [] if self.compiled is not None else _runs(lengths, first)
         at = None if self.compiled is None else _columns(lengths, first, positions, cache.layers[0].length)
         x = self.embedding(ids)
         cos, sin = (part[0, :, None] for part in self.rotary(x[None], positions[None]))
@@ -220,6 +215,17 @@ class Decoder:
                 trunk = x
         x = self._norm(self.norm, x)
         return self.output(x), None if trunk is None else trunk[:, None], x[:, None]
+
+
+def _runs(lengths: list[int], first: int) -> list[tuple[slice, slice, int]]:
+    """Rows of the cache, tokens and length of prompts of one length together; their rows begin with `first`."""
+    runs: list[tuple[slice, slice, int]] = []
+    row, token = first, 0
+    for length, group in groupby(lengths):
+        count = len(list(group))
+        runs.append((slice(row, row + count), slice(token, token + count * length), length))
+        row, token = row + count, token + count * length
+    return runs
 
 
 def _columns(lengths: list[int], first: int, positions: Tensor, width: int) -> Seen:

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from heeler.policies.attention import attend
 from heeler.runtime.cache import cache_folder
+from heeler.runtime.products import processor_line
 
 SOURCE = Path(__file__).with_name("kernels.c")
 WIDTHS = (8, 16, 32, 64, 80, 96, 128, 256)  # of a head, that are built
@@ -150,7 +151,13 @@ def _built(compiler: str) -> Path:
     """The shared library, compiled where the cache has none for this source, compiler and processor."""
     wide = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "amd64") else []
     flags = ["-O3", "-march=native", *wide, "-ffast-math", "-fopenmp", "-fPIC"]
-    known = [SOURCE.read_text(encoding="utf-8"), compiler, str(os.stat(compiler).st_mtime), *flags, _processor()]
+    known = [
+        SOURCE.read_text(encoding="utf-8"),
+        compiler,
+        str(os.stat(compiler).st_mtime),
+        *flags,
+        processor_line("flags", "Features"),
+    ]
     key = hashlib.blake2b("\n".join(known).encode(), digest_size=8).hexdigest()
     library = cache_folder() / "kernels" / f"kernels-{key}.so"
     if not library.exists():
@@ -162,13 +169,6 @@ def _built(compiler: str) -> Path:
                 subprocess.run([compiler, *command], check=True, capture_output=True, text=True, timeout=60)
             os.replace(linked, library)
     return library
-
-
-def _processor() -> str:
-    """What tells processors with other instructions apart."""
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text(encoding="utf-8").splitlines() if information.exists() else []
-    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
 def _is_right(kernel: Kernels, dtype: torch.dtype) -> bool:
