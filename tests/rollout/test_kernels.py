@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -168,6 +171,16 @@ def test_layouts_that_it_cannot_read_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match="layout"):
             call()
+
+
+@pytest.mark.skipif(
+    not (sys.platform.startswith("linux") and shutil.which("gcc")) or os.environ.get("HEELER_KERNELS") == "off",
+    reason="there is no gcc on Linux",
+)
+def test_where_there_is_a_compiler_it_is_used() -> None:
+    """Else a mistake in the source, which the first questions find, would only skip what is tested here."""
+    kernel, why_not = loaded()
+    assert kernel is not None, why_not
 
 
 @needs_kernel
