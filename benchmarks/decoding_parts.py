@@ -25,8 +25,9 @@ from growth import SHAPES, machine  # noqa: E402
 from pages import hardware, processor, replace_section  # noqa: E402
 
 from heeler.policies.attention import SHORT, attend, short_rows  # noqa: E402
-from heeler.rollout.engines.kernels import Seen, for_head  # noqa: E402
+from heeler.rollout.engines.kernels import loaded  # noqa: E402
 from heeler.rollout.engines.packing import Blocks  # noqa: E402
+from heeler.rollout.engines.plain import Tokens  # noqa: E402
 from heeler.runtime.products import library_for  # noqa: E402
 
 HIDDEN, LAYERS, INNER = SHAPES["135M"].hidden, SHAPES["135M"].layers, SHAPES["135M"].inner
@@ -124,19 +125,22 @@ def attention_ways(rows: int, columns: int, dtype: torch.dtype) -> dict[str, Way
         for key, value in layers:
             attend(query[:, :, 0], key, value, hidden, None)
 
-    first = begins.int()
-    seen = Seen(torch.arange(rows, dtype=torch.int32), first, torch.full_like(first, columns), columns)
-    kernel = for_head(WIDTH, query)
+    kernel = loaded()[0]
+    spoken = torch.randn(rows, (HEADS + 2 * GROUPS) * WIDTH, generator=generator).to(dtype)
+    angles = torch.randn(rows, WIDTH // 2, generator=generator).repeat(1, 2)
+    turn = angles.cos().to(dtype), angles.sin().to(dtype)
+    positions = columns - 1 - begins  # the same numbers of columns, from the first one on
+    tokens = Tokens(positions, positions, torch.arange(rows, dtype=torch.int32), columns)
 
     def compiled() -> None:
         for key, value in layers:
             assert kernel is not None
-            kernel.attend(query[:, :, 0], key, value, seen, WIDTH**-0.5)
+            kernel.attend(spoken, turn, None, key, value, tokens, WIDTH**-0.5)
 
     return {
         "keys and values repeated": repeated, "torch's grouping": by_torch, "heads as queries": as_queries,
         "plain products": by_products, f"Heeler without a compiler: products up to {SHORT} columns": heeler,
-        **({"Heeler: compiled": compiled} if kernel is not None else {}),
+        **({"Heeler: compiled, rotations included": compiled} if kernel is not None else {}),
     }  # fmt: skip
 
 

@@ -11,11 +11,12 @@ import transformers
 
 from heeler.policies.attention import use_fast_attention
 from heeler.policies.loading import load_causal_lm
-from heeler.rollout.engines.buffers import make_cache
 from heeler.rollout.engines.decoder import Decoder, can_decode
 from heeler.rollout.engines.hf import HFEngine
 from heeler.rollout.engines.native import NativeEngine
 from heeler.rollout.engines.packing import can_pack
+from heeler.rollout.engines.plain import Plain, Tokens
+from heeler.rollout.engines.slots import Slots
 from heeler.types import Request, Sampling
 from tests.marks import needs_packing
 from tests.tiny import save_tiny_model
@@ -57,93 +58,110 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def both_ways(model: Any, padded: bool, packed: bool, steps: int, compiled: bool = True) -> Iterator[tuple[Any, Any]]:
-    """`(the decoder's, the model's)` logits, states after two layers and final states, token by token."""
-    step = Decoder(model, trunk_layers=2)
+def decoder_of(model: Any, compiled: bool) -> Decoder:
+    decoder = Decoder(model, trunk_layers=2)
     if not compiled:
-        step.compiled = None
-    rows, prompt = 12, 7
+        decoder.between = Plain()
+    return decoder
+
+
+def tokens_of(ids: Any, lengths: list[int], at: Any) -> Tokens:
+    """Prompts `ids` of these lengths in the rows `at`."""
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    rows = torch.as_tensor(at, dtype=torch.int32).repeat_interleave(torch.tensor(lengths))
+    return Tokens(
+        torch.cat([row[:n] for row, n in zip(ids, lengths, strict=True)]), positions, rows, max(lengths), lengths
+    )
+
+
+def both_ways(model: Any, equal: bool, packed: bool, steps: int, compiled: bool = True) -> Iterator[tuple[Any, Any]]:
+    """`(the decoder's, the model's)` logits, states after two layers and final states, token by token."""
+    step = decoder_of(model, compiled)
+    rows, longest = 12, 7
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(0, 101, (rows, prompt + steps), generator=generator)
-    begins = torch.arange(rows) % prompt if padded else torch.zeros(rows, dtype=torch.long)
-    seen = torch.arange(prompt + steps) >= begins[:, None]
-    positions = (torch.arange(prompt + steps) - begins[:, None]).clamp(min=0)
-    caches = [make_cache(model.config, prompt + steps) for _ in range(2)]
-    for cache in caches:
-        read = {"attention_mask": seen[:, :prompt].long(), "position_ids": positions[:, :prompt]}
-        model(input_ids=ids[:, :prompt], past_key_values=cache, **read)
+    lengths = [longest if equal else 1 + i % longest for i in range(rows)]
+    ids = torch.randint(0, 101, (rows, longest + steps), generator=generator)
+    places = torch.randperm(15, generator=generator)[:rows] if step.compiled else torch.arange(rows)
+    slots = step.slots(15, longest + steps)
+    theirs = model(input_ids=ids, output_hidden_states=True)
+    step(tokens_of(ids, lengths, places), slots)
     if packed:
         assert len(step.products) == 4 * 3 + 1
         for product in step.products:
             product.pack(rows)
-    for at in range(prompt, prompt + steps):
-        mask = seen[:, : at + 1].long() if padded else None
-        theirs = model(
-            input_ids=ids[:, at : at + 1], past_key_values=caches[0], attention_mask=mask,
-            position_ids=positions[:, at : at + 1], output_hidden_states=True,
-        )  # fmt: skip
-        logits, trunk, final = step(ids[:, at : at + 1], positions[:, at : at + 1], mask, caches[1])
-        yield (logits, trunk, final), (theirs.logits[:, 0], theirs.hidden_states[2], theirs.hidden_states[-1])
-    assert caches[1].get_seq_length() == prompt + steps
+    everyone = torch.arange(rows)
+    for at in range(steps):
+        positions = torch.tensor(lengths) + at
+        taken = Tokens(ids[everyone, positions], positions, places.int(), longest + at + 1, equal=equal)
+        found = theirs.logits, theirs.hidden_states[2], theirs.hidden_states[-1]
+        yield step(taken, slots), tuple(whole[everyone, positions] for whole in found)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("packed", [False, pytest.param(True, marks=needs_packing)], ids=["plain", "packed"])
-@pytest.mark.parametrize("padded", [False, True], ids=["equal", "padded"])
+@pytest.mark.parametrize("equal", [False, True], ids=["of any lengths", "equal"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["by torch", "compiled"])
-def test_a_step_is_that_of_the_model(variant: str, packed: bool, padded: bool, compiled: bool) -> None:
+def test_a_step_is_that_of_the_model(variant: str, packed: bool, equal: bool, compiled: bool) -> None:
     """Logits, and the states after the trunk and at the end, 150 tokens on."""
     family, options = VARIANTS[variant]
-    for mine, theirs in both_ways(random_model(family, **options), padded, packed, steps=150, compiled=compiled):
+    for mine, theirs in both_ways(random_model(family, **options), equal, packed, steps=150, compiled=compiled):
         torch.testing.assert_close(mine, theirs, atol=2e-3, rtol=1e-3)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("budget", [8192, 12], ids=["at once", "in parts"])
 @pytest.mark.parametrize("compiled", [False, True], ids=["by torch", "compiled"])
-def test_prompts_are_read_as_by_the_model(
-    variant: str, budget: int, compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Logits, states, and the keys and values of every token; padding in the cache is 0."""
-    monkeypatch.setattr("heeler.rollout.engines.decoder.PASS_TOKENS", budget)
+def test_prompts_are_read_as_by_the_model(variant: str, compiled: bool) -> None:
+    """Logits, states, and the keys and values of every token."""
     family, options = VARIANTS[variant]
     model = random_model(family, **options)
     for lengths in ([1, 2, 2, 5, 5, 5, 9, 20], [4] * 6, [6, 3, 6, 1]):
-        width = max(lengths)
-        begins = width - torch.tensor(lengths)
-        seen = torch.arange(width) >= begins[:, None]
-        positions = (torch.arange(width) - begins[:, None]).clamp(min=0)
-        ids = torch.randint(0, 101, (len(lengths), width))
-        caches = [make_cache(model.config, width + 3) for _ in range(2)]
-        theirs = model(
-            input_ids=ids, attention_mask=seen.long(), position_ids=positions, past_key_values=caches[0],
-            output_hidden_states=True,
-        )  # fmt: skip
-        mask = None if min(lengths) == width else seen.long()
-        decoder = Decoder(model, trunk_layers=2)
-        if not compiled:
-            decoder.compiled = None
-        logits, trunk, final = decoder.read(ids, positions, mask, caches[1])
-        torch.testing.assert_close(logits, theirs.logits[:, -1], atol=2e-3, rtol=1e-3)
-        torch.testing.assert_close(final, theirs.hidden_states[-1][:, -1:], atol=2e-3, rtol=1e-3)
+        count = len(lengths)
+        ids = torch.randint(0, 101, (count, max(lengths)))
+        theirs = model(input_ids=ids, output_hidden_states=True, use_cache=True)
+        decoder = decoder_of(model, compiled)
+        slots = decoder.slots(count + 3, max(lengths) + 2)
+        places = slots.take(count)
+        logits, trunk, final = decoder(tokens_of(ids, lengths, places), slots)
+        ends = torch.arange(count), torch.tensor(lengths) - 1
+        real = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         assert trunk is not None
-        torch.testing.assert_close(trunk[seen], theirs.hidden_states[2][seen], atol=2e-3, rtol=1e-3)
-        for mine, other in zip(caches[1].layers, caches[0].layers, strict=True):
-            assert mine.get_seq_length() == other.get_seq_length() == width
-            for name in ("keys", "values"):
-                written, expected = (getattr(layer, name)[:, :, :width].transpose(1, 2) for layer in (mine, other))
-                torch.testing.assert_close(written[seen], expected[seen], atol=2e-3, rtol=1e-3)
-                assert not bool(written[~seen].any())
+        pairs = [
+            (logits, theirs.logits[ends]),
+            (final, theirs.hidden_states[-1][ends]),
+            (trunk, theirs.hidden_states[2][real]),
+        ]
+        for number, layer in enumerate(theirs.past_key_values.layers):
+            for mine, other in ((slots.keys, layer.keys), (slots.values, layer.values)):
+                written = mine[number][places, :, : max(lengths)].transpose(1, 2)
+                pairs.append((written[real], other.transpose(1, 2)[real]))
+        for mine, other in pairs:
+            torch.testing.assert_close(mine, other, atol=2e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("anywhere", [False, True])
+def test_slots_are_taken_and_given_back(anywhere: bool) -> None:
+    """Rows stay where they are, or move together; what is free is what nobody holds."""
+    slots = Slots(2, 6, 1, 4, 3, like=torch.zeros(1), anywhere=anywhere)
+    places = slots.take(5)
+    for whole in (slots.keys, slots.values):
+        whole.copy_(torch.arange(6.0).view(1, 6, 1, 1, 1).expand(whole.shape))
+    stay = torch.tensor([1, 3, 4])
+    kept = slots.keep(places, stay, 2)
+    assert kept.tolist() == ([1, 3, 4] if anywhere else [0, 1, 2])
+    for whole in (slots.keys, slots.values):
+        assert bool((whole[:, kept, :, :2] == torch.tensor([1.0, 3.0, 4.0]).view(1, 3, 1, 1, 1)).all())
+    assert sorted(slots.free) == sorted({*range(6)} - {*kept.tolist()})
+    assert sorted([*kept.tolist(), *slots.take(3).tolist()]) == list(range(6)) and not slots.free
 
 
 @torch.no_grad()
 def test_bf16_is_as_near_as_the_models_own() -> None:
-    exact = [theirs[0] for _, theirs in both_ways(random_model("qwen3"), True, False, steps=30)]
+    exact = [theirs[0] for _, theirs in both_ways(random_model("qwen3"), False, False, steps=30)]
     rough = random_model("qwen3").to(torch.bfloat16)
     off = [0.0, 0.0]
-    for whole, ways in zip(exact, both_ways(rough, True, False, steps=30), strict=True):
+    for whole, ways in zip(exact, both_ways(rough, False, False, steps=30), strict=True):
         for way, (logits, _, _) in enumerate(ways):
             assert logits.dtype == torch.bfloat16
             off[way] += float((logits - whole).abs().mean())

@@ -19,6 +19,7 @@ from heeler.policies.loading import context_length, load_causal_lm, load_tokeniz
 from heeler.rollout.engines.batch import PART_TOKENS, similar_lengths
 from heeler.rollout.engines.draws import cut, draw_seed, first_beyond, sample
 from heeler.rollout.engines.hf import HFEngine
+from heeler.rollout.engines.kernels import loaded
 from heeler.rollout.engines.native import NativeEngine
 from heeler.rollout.engines.packing import Blocks
 from heeler.rollout.text import final_states, pack, prompts_of_update, sample_rollout
@@ -152,16 +153,20 @@ def test_logprobs_and_states_equal_the_trainers(tiny_llama: str) -> None:
     torch.testing.assert_close(drawn_from, final[rows.rows, rows.columns], atol=1e-4, rtol=1e-4)
 
 
-def passes_of(engine: Any) -> list[tuple[int, int]]:
-    """`(rows, tokens of each)` of the model's passes, as they come."""
-    seen: list[tuple[int, int]] = []
-    forward = engine._forward
+def passes_of(engine: Any) -> list[tuple[str, int]]:
+    """What the engine did, "read" prompts or "step", and of how many requests, as it comes."""
+    seen: list[tuple[str, int]] = []
+    read, step = engine._read_part, engine._step
 
-    def watched(pool: Any) -> Any:
-        seen.append(tuple(pool.ids.shape))
-        return forward(pool)
+    def watched_read(reader: Any, chosen: list[int], *others: Any) -> Any:
+        seen.append(("read", len(chosen)))
+        return read(reader, chosen, *others)
 
-    engine._forward = watched
+    def watched_step(pool: Any, *others: Any) -> None:
+        seen.append(("step", len(pool.rows)))
+        step(pool, *others)
+
+    engine._read_part, engine._step = watched_read, watched_step
     return seen
 
 
@@ -170,7 +175,7 @@ def test_finished_rows_leave_the_batch(tiny_llama: str) -> None:
     engine = NativeEngine(model_that_stops(tiny_llama), eos_ids=range(60))
     passes = passes_of(engine)
     engine.generate(many, Sampling(max_new_tokens=20))
-    assert passes[0][0] == 32 and passes[-1][0] < 16
+    assert passes[0] == ("read", 32) and passes[-1][1] < 16
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -193,8 +198,8 @@ def test_waiting_requests_take_the_rows_of_those_that_ended(architecture: str, t
     passes = passes_of(engine)
     sampling = Sampling(max_new_tokens=16)
     together = engine.generate(many, sampling)
-    reads = [i for i, (_, width) in enumerate(passes) if width > 1]
-    assert max(rows for rows, _ in passes) == 8 and len(reads) > 10  # a few at a time, not five batches
+    reads = [rows for kind, rows in passes if kind == "read"]
+    assert max(rows for _, rows in passes) == 8 and len(reads) > 10  # a few at a time, not five batches
     assert len(passes) < 0.8 * (5 * 16) + len(reads)
     for request, completion in zip(many, together, strict=True):
         (alone,) = engine.generate([request], sampling)
@@ -350,7 +355,7 @@ def test_parts_of_a_batch_sample_as_each_prompt_alone(
     architecture: str, tmp_path: Path, trunk: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("heeler.rollout.engines.batch.PART_TOKENS", 8)
-    monkeypatch.setattr("heeler.rollout.engines.decoder.PASS_TOKENS", 8)
+    monkeypatch.setattr("heeler.rollout.engines.slots.PASS_TOKENS", 8)
     model = model_that_stops(save_tiny_model(tmp_path, architecture))
     policy = LanguageModelPolicy(model, trainable=TopLayers(layers=1), critic=ValueHead())
     options: dict[str, Any] = {"trunk_layers": policy.num_trunk_layers} if trunk else {}
@@ -398,6 +403,28 @@ def test_a_prompt_of_several_samples_is_read_once(architecture: str, tmp_path: P
         same([completion], [alone])
         if alone.trunk_states is not None:
             torch.testing.assert_close(completion.trunk_states, alone.trunk_states, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kernels", ["on", "off"])
+def test_samples_of_one_prompt_go_on_from_copies_of_its_keys(
+    kernels: str, tiny_llama: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the step that is written out, with fewer slots than requests."""
+    monkeypatch.setenv("HEELER_KERNELS", kernels)
+    loaded.cache_clear()
+    model = model_that_stops(tiny_llama)
+    use_fast_attention(model)
+    groups = [Request(prompt=p, seed=draw_seed(3, i, s)) for i, p in enumerate(PROMPTS) for s in range(6)]
+    engine = NativeEngine(model, eos_ids=range(30), max_rows=7, trunk_layers=1)
+    sampling = Sampling(max_new_tokens=10)
+    together = engine.generate(groups, sampling)
+    assert engine.decoder is not None
+    for request, completion in zip(groups, together, strict=True):
+        (alone,) = engine.generate([request], sampling)
+        same([completion], [alone])
+        torch.testing.assert_close(completion.trunk_states, alone.trunk_states, atol=1e-4, rtol=1e-4)
+    monkeypatch.undo()
+    loaded.cache_clear()
 
 
 def test_publish_is_a_transaction_that_moves_the_samples(tiny_llama: str) -> None:

@@ -15,6 +15,7 @@ from heeler.rollout.engines.weights import WeightReceiver
 from heeler.types import Completion, Request, Sampling
 
 LEAVE_FRACTION = 0.125  # finished rows are dropped once they are this share of the batch: dropping copies the cache
+LEAVE_FRACTION_FREE = 0.03  # where nothing is copied; a library of products still prepares for every number of rows
 LEAVE_FRACTION_PACKED = 0.25  # and where the weights must be packed anew for another number of rows
 
 LOOK_EVERY = 8  # steps between two looks at what was drawn, where a look makes the host wait for the device
@@ -186,15 +187,11 @@ class Draws:
         """Steps until the last of `rows` reaches the length cap."""
         return self.cap - int(self.counts[rows[~self.finished[rows]]].min())
 
-    def enough_to_join(self, rows: Tensor) -> bool:
-        """Whether the ended ones of `rows` are worth the copy of the cache in which others take their places."""
-        return float(self.finished[rows].float().mean()) >= LEAVE_FRACTION
-
-    def enough_to_leave(self, rows: Tensor) -> bool:
-        """Whether the ended ones of `rows` are worth the copy of the cache without them, and packing anew."""
-        if self.engine.packing.fits_any or self.engine.packing.rows != len(rows):
-            return self.enough_to_join(rows)
+    def enough_to_leave(self, rows: Tensor, copies: bool = True) -> bool:
+        """Whether the ended ones of `rows` are worth the step without them, for which keys and values may be copied."""
         ended = float(self.finished[rows].float().mean())
+        if self.engine.packing.fits_any or self.engine.packing.rows != len(rows):
+            return ended >= (LEAVE_FRACTION if copies else LEAVE_FRACTION_FREE)
         return ended >= LEAVE_FRACTION_PACKED and self.steps_left(rows) >= WORTH_STEPS
 
     def completion(self, row: int, **states: Tensor | None) -> Completion:

@@ -28,11 +28,6 @@ class BufferedLayer(DynamicLayer):
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
 
-    def start(self, batch: int, heads: int, length: int, like: Tensor) -> None:
-        """Buffers of zeros for rows whose `length` columns are about to be written; `like` is a key `[D]`."""
-        self.dtype, self.device, self.is_initialized, self.length = like.dtype, like.device, True, length
-        self.keys, self.values = (like.new_zeros(batch, heads, self.capacity, len(like)) for _ in range(2))
-
     def get_seq_length(self) -> int:
         return self.length
 

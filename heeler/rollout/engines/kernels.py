@@ -5,8 +5,8 @@ rows (docs/benchmarks/decoding_parts.md), and read the columns before a row's fi
 one column more each, are read by it as well, whatever their lengths, without padding. Norms, rotations and gates are
 several operations of torch each, most of whose time is the calls. Compiling takes a second;
 the result is kept in the cache, by source, compiler and processor. It is used on Linux where a compiler is found, the
-threads are torch's own, and its answers to a first question are right; elsewhere `attend` of policies/attention.py is,
-and a run says so. HEELER_KERNELS=off leaves it out.
+threads are torch's own, and its answers to a first question are right; elsewhere torch is (plain.py), and a run says
+so. HEELER_KERNELS=off leaves it out.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from heeler.policies.attention import attend
+from heeler.rollout.engines.plain import Plain, Tokens
 from heeler.runtime.cache import cache_folder
 from heeler.runtime.products import processor_line
 
@@ -36,85 +36,83 @@ WIDTHS = (8, 16, 32, 64, 80, 96, 128, 256)  # of a head, that are built
 TYPES = (torch.float32, torch.bfloat16)
 
 
-@dataclass(frozen=True)
-class Seen:
-    """What each of `[N]` tokens sees: a row of keys and values, from its column `first` to before `end`; all int32."""
-
-    row: Tensor
-    first: Tensor
-    end: Tensor
-    longest: int  # columns that any of them sees, at least
-
-
 class Kernels:
-    """The loaded kernels; `for_head` gives them only where they can be used."""
+    """The loaded kernels; `for_model` gives them only where they can be used. The slow twin is `Plain`."""
 
     def __init__(self, library: Path) -> None:
         self.library: Any = ctypes.CDLL(str(library))
-        pointer, number, stride = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+        pointer, number, real, stride = ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_int64
         ends = [number, number]  # whether bf16, threads
-        self.library.attend.argtypes = [*[pointer] * 7, *[number] * 5, *[stride] * 3, ctypes.c_float, *ends]
-        self.library.norm.argtypes = [*[pointer] * 3, number, number, ctypes.c_float, *ends]
-        self.library.turn.argtypes = [*[pointer] * 4, *[number] * 3, stride, *ends]
-        self.library.gate.argtypes = [*[pointer] * 3, number, number, stride, *ends]
+        places = [*[pointer] * 5, *[number] * 5]
+        self.library.attend.argtypes = [*[pointer] * 5, real, *places, stride, stride, real, *ends]
+        self.library.add_norm.argtypes = [*[pointer] * 4, number, number, real, *ends]
+        self.library.gate.argtypes = [*[pointer] * 2, number, number, *ends]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Kernels:
         return self  # code, which a copied engine shares
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, seen: Seen, scale: float) -> Tensor:
-        """`[N, heads, D]`: what each token attends to.
+    def attend(
+        self, spoken: Tensor, turn: tuple[Tensor, Tensor], norms: Any, keys: Tensor, values: Tensor, tokens: Tokens,
+        scale: float,
+    ) -> Tensor:  # fmt: skip
+        """`[N, heads * D]`: what each token attends to, once all have joined their rows.
 
         Args:
-            query: `[N, heads, D]`, tokens in any distance.
-            key, value: `[B, groups, n, D]`, of equal strides; a column's D numbers lie side by side.
-            seen: the columns of each token, at least one.
+            spoken: `[N, (heads + 2 groups) * D]` queries, keys and values; what lies there may be lost.
+            turn: `[N, D]` cosines and sines by which queries and keys are rotated.
+            norms: of queries and of keys, before that; or None.
+            keys, values: `[rows, groups, columns, D]`, which the tokens join.
+            tokens: where each belongs.
             scale: of the logits.
 
         Raises:
             ValueError: the tensors lie otherwise.
         """
-        count, heads, width = query.shape
-        groups = key.shape[1]
-        side_by_side = query.stride()[1:] == (width, 1) and key.stride()[2:] == (width, 1)
-        places = (seen.row, seen.first, seen.end)
-        whole = all(x.dtype == torch.int32 and len(x) == count and x.is_contiguous() for x in places)
-        if not (side_by_side and whole) or key.stride() != value.stride():
-            raise ValueError("queries, keys, values or columns have a layout that the kernel does not read")
-        said = query.new_empty(count, heads, width)
+        groups, width = keys.shape[1], keys.shape[3]
+        count, heads = len(spoken), spoken.shape[1] // width - 2 * groups
+        rows, positions = tokens.rows, tokens.positions
+        weights = [] if norms is None else [norm.weight for norm in norms]
+        fits = (
+            spoken.is_contiguous()
+            and keys.stride() == values.stride()
+            and keys.stride()[2:] == (width, 1)
+            and rows.dtype == torch.int32
+            and positions.dtype == torch.int64
+            and all(x.is_contiguous() and len(x) == count for x in (rows, positions, *turn))
+            and all(x.dtype == spoken.dtype for x in (keys, values, *turn, *weights))
+        )
+        if not fits:
+            raise ValueError("what was spoken, keys, values or places have a layout that the kernel does not read")
+        said = spoken.new_empty(count, heads * width)
+        qk = [weight.data_ptr() for weight in weights] or [None, None]
         failed = self.library.attend(
-            query.data_ptr(), key.data_ptr(), value.data_ptr(), said.data_ptr(), *(x.data_ptr() for x in places),
-            count, groups, heads // groups, width, seen.longest, query.stride(0), key.stride(0), key.stride(1), scale,
-            *_ends(query),
+            spoken.data_ptr(), *(x.data_ptr() for x in turn), *qk, norms[0].variance_epsilon if norms else 0.0,
+            *(x.data_ptr() for x in (keys, values, said, rows, positions)), count, groups, heads // groups, width,
+            tokens.longest, keys.stride(0), keys.stride(1), scale, *_ends(spoken),
         )  # fmt: skip
         if failed:
-            raise MemoryError(f"no memory for the attention of {count} tokens over {seen.longest} columns")
+            raise MemoryError(f"no memory for the attention of {count} tokens over {tokens.longest} columns")
         return said
 
-    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """`[N, H]`: `x [N, H]` over its root mean square, times `weight [H]`."""
-        if not x.is_contiguous() or weight.dtype != x.dtype:
+    def add_norm(self, x: Tensor, added: Tensor | None, norm: Any) -> Tensor:
+        """`[N, H]`: the norm of `x [N, H]`, to which `added [N, H]` is added first, in place, where there is some."""
+        weight = norm.weight
+        parts = (x,) if added is None else (x, added)
+        if not all(part.is_contiguous() and part.dtype == weight.dtype for part in parts):
             raise ValueError("states or weights of a norm have a layout that the kernel does not read")
         y = torch.empty_like(x)
-        self.library.norm(x.data_ptr(), weight.data_ptr(), y.data_ptr(), len(x), x.shape[1], eps, *_ends(x))
+        self.library.add_norm(
+            x.data_ptr(), None if added is None else added.data_ptr(), weight.data_ptr(), y.data_ptr(), *x.shape,
+            norm.variance_epsilon, *_ends(x),
+        )  # fmt: skip
         return y
 
-    def turn(self, heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """`[N, h, D]`: `heads [N, h, D]`, tokens in any distance, rotated by `cos`, `sin` `[N, 1, D]`."""
-        whole = heads.stride()[1:] == (heads.shape[2], 1) and cos.is_contiguous() and sin.is_contiguous()
-        if not whole or cos.dtype != heads.dtype or sin.dtype != heads.dtype:
-            raise ValueError("heads or rotations have a layout that the kernel does not read")
-        y = heads.new_empty(heads.shape)
-        self.library.turn(
-            heads.data_ptr(), cos.data_ptr(), sin.data_ptr(), y.data_ptr(), *heads.shape, heads.stride(0), *_ends(heads)
-        )
-        return y
-
-    def gate(self, gate: Tensor, up: Tensor) -> Tensor:
-        """`[N, F]`: silu(`gate [N, F]`) * `up [N, F]`, tokens in one distance."""
-        if gate.stride() != up.stride() or gate.stride(1) != 1:
+    def gate(self, gates: Tensor, act: Any) -> Tensor:
+        """`[N, F]`: silu(the first half of `gates [N, 2 F]`) times the second; `act` is that silu."""
+        if not gates.is_contiguous():
             raise ValueError("gates have a layout that the kernel does not read")
-        y = gate.new_empty(gate.shape)
-        self.library.gate(gate.data_ptr(), up.data_ptr(), y.data_ptr(), *gate.shape, gate.stride(0), *_ends(gate))
+        y = gates.new_empty(len(gates), gates.shape[1] // 2)
+        self.library.gate(gates.data_ptr(), y.data_ptr(), *y.shape, *_ends(gates))
         return y
 
 
@@ -122,9 +120,16 @@ def _ends(x: Tensor) -> tuple[bool, int]:
     return x.dtype == torch.bfloat16, torch.get_num_threads()
 
 
-def for_head(width: int, weight: Tensor) -> Kernels | None:
-    """The kernel for heads of this width and products of this type and place, or None."""
-    fits = weight.device.type == "cpu" and weight.dtype in TYPES and width in WIDTHS
+def for_model(model: Any) -> Kernels | None:
+    """The kernels for a model that `can_decode`, or None: for another type or place, width of a head or activation."""
+    weight, layers = model.lm_head.weight, model.model.layers
+    fits = (
+        weight.device.type == "cpu"
+        and weight.dtype in TYPES
+        and layers[0].self_attn.head_dim in WIDTHS
+        and all(type(layer.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation") for layer in layers)
+        and all(p.dtype == weight.dtype for name, p in model.named_parameters() if "norm" in name)
+    )
     return loaded()[0] if fits else None
 
 
@@ -172,23 +177,22 @@ def _built(compiler: str) -> Path:
 
 
 def _is_right(kernel: Kernels, dtype: torch.dtype) -> bool:
+    """Whether it answers a first question as `Plain` does."""
     generator = torch.Generator().manual_seed(0)
-    spoken = torch.randn(5, 10, 64, generator=generator).to(dtype)
-    key, value = (torch.randn(5, 2, 90, 64, generator=generator).to(dtype)[:, :, :77] for _ in range(2))
-    first = torch.tensor([0, 3, 76, 40, 11], dtype=torch.int32)
-    seen = Seen(torch.arange(5, dtype=torch.int32), first, torch.full_like(first, 77), 77)
-    mask = torch.zeros(5, 1, 1, 77).masked_fill(torch.arange(77) < first[:, None, None, None], -torch.inf)
-    found = kernel.attend(spoken[:, :8], key, value, seen, 0.125)
-    wanted = attend(spoken[:, :8].float(), key.float(), value.float(), mask, 0.125)
-    flat, (cos, sin) = spoken.flatten(1), torch.randn(2, 5, 1, 64, generator=generator).to(dtype)
-    x, gate, up = (part.float() for part in (spoken, spoken[:, 0], spoken[:, 1]))
-    turned = x * cos.float() + torch.cat([-x[..., 32:], x[..., :32]], -1) * sin.float()
-    normed = torch.nn.functional.rms_norm(flat.float(), (640,), flat[0].float(), 1e-5)
-    pairs = (
-        (found, wanted),
-        (kernel.norm(flat, flat[0].contiguous(), 1e-5), normed),
-        (kernel.turn(spoken, cos, sin), turned),
-        (kernel.gate(spoken[:, 0], spoken[:, 1]), torch.nn.functional.silu(gate) * up),
-    )
-    near = 1e-5 if dtype == torch.float32 else 2e-2
-    return all(torch.allclose(mine.float(), other, atol=near, rtol=near) for mine, other in pairs)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype)
+
+    spoken, keys, values = random(5, 10 * 64), random(5, 2, 90, 64), random(5, 2, 90, 64)
+    turn, positions = (random(5, 64), random(5, 64)), torch.tensor([76, 3, 0, 40, 11])
+    norms = [SimpleNamespace(weight=random(64), variance_epsilon=1e-5) for _ in range(2)]
+    wide = SimpleNamespace(weight=random(640), variance_epsilon=1e-5)
+    tokens = Tokens(positions, positions, torch.arange(5, dtype=torch.int32), 77)
+    answers: list[list[Tensor]] = []
+    for ways in (kernel, Plain()):
+        x, gates, k, v = spoken.clone(), spoken.clone(), keys.clone(), values.clone()
+        attended = ways.attend(spoken.clone(), turn, norms, k, v, tokens, 0.125)
+        answers.append([attended, k, v, ways.add_norm(x, gates, wide), x, ways.gate(gates, torch.nn.functional.silu)])
+    near = 1e-5 if dtype == torch.float32 else 3e-2
+    pairs = zip(*answers, strict=True)
+    return all(torch.allclose(mine.float(), other.float(), atol=near, rtol=near) for mine, other in pairs)
