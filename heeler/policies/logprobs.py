@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from heeler.policies.kernels import kernels_for
 from heeler.runtime.products import product
 
 CHUNK_BYTES = 48 * 1024 * 1024  # of a chunk's logits, in the type of the products
@@ -80,15 +81,10 @@ class _TokenLogprobs(torch.autograd.Function):
         sums = hidden.new_empty(n, 1, dtype=torch.float32)
         for rows in _chunks(n, chunk):
             logits = _logits(hidden[rows], matrix, bias)  # (c, V)
-            e = kept[rows] if kept is not None else (torch.empty_like(logits) if unit is not None else None)
+            e = kept[rows] if kept is not None else (logits if unit is not None else None)
             slope = torch.empty_like(logits) if unit_entropy is not None else None
-            for part, z in _blocks(logits, temperature):
-                at = slice(rows.start + part.start, rows.start + part.stop)
-                chosen = tokens[at, None]
-                logprob, h, weights, sums[at] = _softmax(z, chosen, None if slope is None else slope[part])
-                logprobs[at], entropy[at] = logprob, h
-                if e is not None:
-                    e[part] = weights.scatter_(1, chosen, 0.0)
+            found = _softmax_rows(logits, tokens[rows], temperature, e, slope)
+            logprobs[rows], entropy[rows], sums[rows, 0] = found
             if unit is not None and e is not None:
                 rest = product(e, matrix.t()) / sums[rows]
                 share = -torch.expm1(logprobs[rows, None])  # 1 - p
@@ -100,8 +96,8 @@ class _TokenLogprobs(torch.autograd.Function):
         if keep:
             ctx.save_for_backward(*[x for x in (unit, unit_entropy) if x is not None])
         else:
-            found = [] if kept is None else [logprobs, sums, kept]
-            ctx.save_for_backward(given, weight, tokens, *([] if bias is None else [bias]), *found)
+            known = [] if kept is None else [logprobs, sums, kept]
+            ctx.save_for_backward(given, weight, tokens, *([] if bias is None else [bias]), *known)
         if not entropy_gradient:
             ctx.mark_non_differentiable(entropy)
         return logprobs, entropy
@@ -116,32 +112,45 @@ class _TokenLogprobs(torch.autograd.Function):
             return grad, None, None, None, None, None, None
         hidden, weight, tokens = ctx.saved_tensors[:3]
         bias = ctx.saved_tensors[3] if ctx.has_bias else None
+        matrix, scaled = weight.to(ctx.compute), grad_logprobs / ctx.temperature
         if ctx.few:
-            scaled = grad_logprobs / ctx.temperature
-            grads = _from_probabilities(hidden, weight.to(ctx.compute), tokens, scaled, *ctx.saved_tensors[-3:])
+            grads = _from_probabilities(hidden, matrix, tokens, scaled, *ctx.saved_tensors[-3:])
         else:
-            grads = _from_logits(ctx, hidden, weight.to(ctx.compute), bias, tokens, grad_logprobs, grad_entropy)
+            of_entropy = grad_entropy / ctx.temperature if ctx.entropy_gradient else None
+            grads = _from_logits(hidden, matrix, bias, tokens, scaled, of_entropy, ctx.temperature, ctx.chunk)
         grad_hidden, grad_weight, grad_bias = grads
         grad_bias = None if bias is None else grad_bias.to(bias.dtype)
         return grad_hidden.to(hidden.dtype), grad_weight.to(weight.dtype), grad_bias, None, None, None, None
 
 
-def _softmax(z: Tensor, chosen: Tensor, slope: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`(log p [r], H [r], e [r, V], their sums [r, 1])` of `z [r, V]`, which is lost, and `chosen [r, 1]`.
+def _softmax_rows(
+    logits: Tensor, tokens: Tensor, temperature: float, e: Tensor | None, slope: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`(log p [c], H [c], sums [c])` of `logits [c, V]` and `tokens [c]`, compiled where that is possible.
 
-    The probabilities are e / sums. `slope [r, V]` gets the sums times dH / dz where it is given.
+    `e [c, V]`, which may be the logits, gets the weights, 0 for the chosen ones; the probabilities are e / sums.
+    `slope [c, V]` gets the sums times dH / dz. Both may be None.
     """
-    top = z.amax(-1, keepdim=True)
-    e = torch.sub(z, top).exp_()
-    sums = e.sum(-1, keepdim=True)
-    lse = top + sums.log()
-    logprob = z.gather(1, chosen) - lse
-    if slope is None:
-        h = lse - z.mul_(e).sum(-1, keepdim=True) / sums
-    else:
-        h = lse - torch.mul(e, z).sum(-1, keepdim=True) / sums
-        slope.copy_(z.sub_(lse - h).mul_(e).neg_())
-    return logprob[:, 0], h[:, 0], e, sums
+    kernels = kernels_for(logits)
+    if kernels is not None:
+        return kernels.softmax(logits, tokens, temperature, e, slope)
+    found = logits.new_empty(3, len(logits), dtype=torch.float32)
+    for part, z in _blocks(logits, temperature):
+        chosen = tokens[part, None]
+        top = z.amax(-1, keepdim=True)
+        weights = torch.sub(z, top).exp_()
+        sums = weights.sum(-1, keepdim=True)
+        lse = top + sums.log()
+        logprob = z.gather(1, chosen) - lse
+        if slope is None:
+            h = lse - z.mul_(weights).sum(-1, keepdim=True) / sums
+        else:
+            h = lse - torch.mul(weights, z).sum(-1, keepdim=True) / sums
+            slope[part] = z.sub_(lse - h).mul_(weights).neg_()
+        if e is not None:
+            e[part] = weights.scatter_(1, chosen, 0.0)
+        found[:, part] = torch.cat([logprob, h, sums], 1).t()
+    return found[0], found[1], found[2]
 
 
 def _from_probabilities(
@@ -158,35 +167,27 @@ def _from_probabilities(
 
 
 def _from_logits(
-    ctx: Any,
-    hidden: Tensor,
-    matrix: Tensor,
-    bias: Tensor | None,
-    tokens: Tensor,
-    grad_logprobs: Tensor,
-    grad_entropy: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+    hidden: Tensor, matrix: Tensor, bias: Tensor | None, tokens: Tensor, grads: Tensor, of_entropy: Tensor | None,
+    temperature: float, chunk: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """The same with the logits computed again, chunk by chunk; with the gradients of the entropies where they count."""
     grad_hidden = torch.empty_like(hidden, dtype=torch.float32)
-    grad_weight = torch.zeros_like(matrix, dtype=torch.float32)
+    grad_weight = torch.zeros_like(matrix, dtype=torch.float32)  # sums over chunks keep their digits in float32
     grad_bias = grad_weight.new_zeros(len(matrix))
-    for rows in _chunks(hidden.shape[0], ctx.chunk):
-        states = hidden[rows].to(ctx.compute)
-        logits = _logits(states, matrix, bias)
-        for part, z in _blocks(logits, ctx.temperature):
-            at = slice(rows.start + part.start, rows.start + part.stop)
-            chosen = tokens[at, None]
-            of_entropy = torch.empty_like(z) if ctx.entropy_gradient else None
-            logprob, _, e, sums = _softmax(z, chosen, of_entropy)
-            grads = grad_logprobs[at, None]
-            slope = e.scatter_(1, chosen, 0.0).mul_(-grads / sums)
-            slope.scatter_(1, chosen, -torch.expm1(logprob[:, None]) * grads)
-            if of_entropy is not None:
-                slope.addcmul_(of_entropy, grad_entropy[at, None] / sums)
-            logits[part] = slope if ctx.temperature == 1.0 else slope.div_(ctx.temperature)
-        grad_hidden[rows] = product(logits, matrix.t()).float()
-        grad_weight += product(logits.t(), states.t())  # sums over chunks keep the weight's digits
-        grad_bias += logits.sum(0, dtype=torch.float32)
+    for rows in _chunks(hidden.shape[0], chunk):
+        states = hidden[rows].to(matrix.dtype)
+        e = _logits(states, matrix, bias)
+        slope = None if of_entropy is None else torch.empty_like(e)
+        logprobs, _, sums = _softmax_rows(e, tokens[rows], temperature, e, slope)
+        found = _from_probabilities(hidden[rows], matrix, tokens[rows], grads[rows], logprobs, sums[:, None], e)
+        grad_hidden[rows] = found[0]
+        grad_weight += found[1]
+        grad_bias += found[2]
+        if of_entropy is not None and slope is not None:
+            slope.mul_((of_entropy[rows] / sums)[:, None])
+            grad_hidden[rows] += product(slope, matrix.t())
+            grad_weight += product(slope.t(), states.t())
+            grad_bias += slope.sum(0, dtype=torch.float32)
     return grad_hidden, grad_weight, grad_bias
 
 
@@ -240,8 +241,13 @@ def logprobs_alone(
     compute = _type_of_products(hidden, weight)
     hidden, matrix = hidden.to(compute), weight.to(compute)
     logprobs = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    kernels = kernels_for(hidden)
     for rows in _chunks(len(logprobs), _chunk_of(hidden, weight, chunk)):
-        for part, z in _blocks(_logits(hidden[rows], matrix, bias), temperature):
+        logits = _logits(hidden[rows], matrix, bias)
+        if kernels is not None:
+            logprobs[rows] = kernels.softmax(logits, tokens[rows], temperature, None)[0]
+            continue
+        for part, z in _blocks(logits, temperature):
             at = slice(rows.start + part.start, rows.start + part.stop)
             top, chosen = z.amax(-1), z.gather(1, tokens[at, None])[:, 0]
             logprobs[at] = chosen - (top + z.sub_(top[:, None]).exp_().sum(-1).log())

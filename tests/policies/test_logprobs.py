@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -22,7 +23,9 @@ def slow(
 
 
 @settings(deadline=None)  # the first example pays for warming up
-@example(9, 12, 1, 0.5, False, False, True, 1, 0, 1000)  # 2.3e-5 off where the gradient's largest entry is above 1
+@example(
+    9, 12, 1, 0.5, False, False, True, 1, 0, 1000, False
+)  # 2.3e-5 off where the gradient's largest entry is above 1
 @given(
     n=st.integers(1, 9),
     vocab=st.integers(2, 12),
@@ -34,6 +37,7 @@ def slow(
     seed=st.integers(0, 1000),
     kept=st.sampled_from([0, 200, 4000]),
     block=st.sampled_from([1, 20, 1000]),
+    compiled=st.booleans(),
 )
 def test_chunked_equals_whole(
     n: int,
@@ -46,6 +50,7 @@ def test_chunked_equals_whole(
     seed: int,
     kept: int,
     block: int,
+    compiled: bool,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     hidden = torch.randn(n, 6, generator=generator)
@@ -59,7 +64,10 @@ def test_chunked_equals_whole(
         b = bias.clone().requires_grad_(not frozen) if with_bias else None
         if kernel == "chunked":
             options = {"bias": b, "temperature": temperature, "chunk": chunk}
-            with mock.patch.multiple("heeler.policies.logprobs", KEPT_BYTES=kept, BLOCK_LOGITS=block):
+            changed: dict[str, Any] = {"KEPT_BYTES": kept, "BLOCK_LOGITS": block}
+            if not compiled:
+                changed["kernels_for"] = lambda x: None
+            with mock.patch.multiple("heeler.policies.logprobs", **changed):
                 logprobs, entropy = token_logprobs(h, w, tokens, entropy_gradient=entropy_gradient, **options)
                 assert torch.equal(logprobs_alone(h, w, tokens, **options), logprobs)
         else:

@@ -24,6 +24,7 @@ from heeler.rollout.engines import kernels
 from heeler.rollout.engines.kernels import WIDTHS, Kernels, for_model, loaded
 from heeler.rollout.engines.native import NativeEngine
 from heeler.rollout.engines.plain import Plain, Tokens
+from heeler.runtime import compiled
 from heeler.train.text import build_text_run
 from heeler.types import Request, Sampling
 from tests.rollout.test_decoder import random_model
@@ -259,9 +260,59 @@ def test_layouts_that_it_cannot_read_are_refused() -> None:
         lambda: kernel().add_norm(x.double(), None, norm),
         lambda: kernel().add_norm(x, x.bfloat16(), norm),
         lambda: kernel().gate(x[:, ::2], None),
+        lambda: kernel().draw(x.t(), x[0], 1.0, None),
+        lambda: kernel().draw(x, x[0, :5], 1.0, None),
+        lambda: kernel().draw(x, x[:6, 0].double(), 1.0, None),
+        lambda: kernel().draw(x, x.flatten()[:6], 1.0, x[0, :7]),
     ):
         with pytest.raises(ValueError, match="layout"):
             call()
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("vocabulary", [1, 3, 256, 257, 1500])
+@pytest.mark.parametrize("biased", [False, True])
+def test_draws_are_those_of_a_plain_loop(dtype: torch.dtype, vocabulary: int, biased: bool) -> None:
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = (3 * torch.randn(200, vocabulary, generator=generator)).to(dtype)
+    u = torch.rand(200, generator=generator)
+    u[:3] = torch.tensor([0.0, 1 - 2**-24, 0.5])
+    bias = None
+    if biased:  # a mask
+        bias = torch.randn(vocabulary, generator=generator)
+        bias[: vocabulary // 2] = -torch.inf
+    tokens, logprobs = kernel().draw(logits, u, 0.8, bias)
+    logp = ((logits.double() + (0.0 if bias is None else bias)) / 0.8).log_softmax(-1)
+    p = logp.exp()
+    own, cumulative = (x.gather(1, tokens[:, None])[:, 0] for x in (p, p.cumsum(-1)))
+    assert bool((own > 0).all())
+    assert bool((cumulative > u - 1e-5).all()) and bool((cumulative - own <= u + 1e-5).all())
+    torch.testing.assert_close(logprobs.double(), logp.gather(1, tokens[:, None])[:, 0], atol=1e-5, rtol=1e-5)
+    if vocabulary > 1:
+        assert len(tokens.unique()) > 1
+
+
+@needs_kernel
+@pytest.mark.parametrize("u", [0.0, 0.3, 1 - 2**-24])
+def test_what_cannot_be_drawn_is_not_drawn(u: float) -> None:
+    """Whatever rounding does: only one of 1,000 tokens is possible, or two of which one is far more likely."""
+    logits = torch.full((1, 1000), -torch.inf)
+    logits[0, 617] = -3.0
+    assert kernel().draw(logits, torch.tensor([u]), 1.0, None)[0].item() == 617
+    logits[0, 618] = -40.0
+    tokens, logprobs = kernel().draw(logits, torch.tensor([u]), 1.0, None)
+    assert tokens.item() == 617 and abs(logprobs.item()) < 1e-6
+    greedy = torch.linspace(-1, 1, 1000)[None, torch.randperm(1000)]
+    assert kernel().draw(greedy, torch.tensor([u]), 1e-5, None)[0].item() == int(greedy.argmax())
+
+
+@needs_kernel
+def test_nan_logits_are_seen() -> None:
+    logits = torch.randn(3, 700)
+    logits[1, 650] = torch.nan
+    tokens, logprobs = kernel().draw(logits, torch.full((3,), 0.5), 1.0, None)
+    assert torch.isnan(logprobs).tolist() == [False, True, False] and bool((tokens < 700).all())
 
 
 @pytest.mark.skipif(
@@ -307,10 +358,10 @@ def failing(command: Any, **_: Any) -> Any:
 @pytest.mark.parametrize(
     ("where", "name", "instead", "said"),
     [
-        (kernels.shutil, "which", lambda name: None, "there is no C compiler"),
-        (kernels.subprocess, "run", failing, "kernels.c: no such instruction"),
+        (compiled.shutil, "which", lambda name: None, "there is no C compiler"),
+        (compiled.subprocess, "run", failing, "kernels.c: no such instruction"),
         (kernels, "_is_right", lambda kernel, dtype: False, "answers wrongly"),
-        (kernels.sys, "platform", "darwin", "on Linux only"),
+        (compiled.sys, "platform", "darwin", "on Linux only"),
     ],
 )
 def test_without_it_a_run_says_so_once_and_samples_the_same(

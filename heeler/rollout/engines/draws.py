@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from heeler.rollout.engines.kernels import kernels_for
 from heeler.types import Sampling
 
 GREEDY = 1e-4  # temperature at which a draw is the most likely token, unless two are within a few of these in logit
@@ -50,6 +51,9 @@ def sample(logits: Tensor, u: Tensor, sampling: Sampling, bias: Tensor | None = 
 
     That is softmax((logits + bias) / temperature) of `logits [B, V]`, after top-k and top-p where `sampling` has them.
     """
+    kernels = kernels_for(logits)
+    if kernels is not None and sampling.top_k == 0 and sampling.top_p == 1.0:
+        return kernels.draw(logits.contiguous(), u.contiguous(), sampling.temperature, bias)
     given, logits = logits, logits.float()
     if bias is not None:
         logits = logits + bias

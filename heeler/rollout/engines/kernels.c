@@ -1,54 +1,21 @@
-/* What a decoding step does between its matrix products. Numbers are bf16 or float32 in memory and float32 in between; a
-   token's result depends on what belongs to it alone. Built, loaded and checked by kernels.py, which says when. Strides
-   are in numbers, not bytes.
+/* What a decoding step does between its matrix products. A token's result depends on what belongs to it alone. Built,
+   loaded and checked by kernels.py. Strides are in numbers, not bytes.
 
    attend: heads are rotated by their positions, keys and values join those of the token's row, and every token i attends
    to the columns 0 to position[i] of its row. For every group g (heads of a group share keys and values), b = row[i]:
 
        s[h][c] = scale * q[i][h] . k[b][g][c]       p[h] = exp(s[h] - max s[h]) / sum       o[i][h] = sum_c p[h][c] v[b][g][c]
 
-   add_norm: x += a, y = x / rms(x) * w.    gate: silu(g) * u. */
+   add_norm: x += a, y = x / rms(x) * w.    gate: silu(g) * u.
 
-#include <float.h>
-#include <math.h>
-#include <stdint.h>
-#include <stdlib.h>
-#include <string.h>
+   draw: with e = exp((z - max z) / temperature), the first c for which e_0 + ... + e_c exceeds u times the whole sum. */
+
+#include "numbers.h"
 #ifdef __AVX512BF16__
 #include <immintrin.h>
 #endif
 
 #define AHEAD 32 /* columns of keys that are asked of the memory before they are needed */
-
-typedef uint16_t bf16;
-
-static inline float from_bf16(bf16 x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float y;
-    memcpy(&y, &bits, 4);
-    return y;
-}
-
-static inline bf16 to_bf16(float y) { /* to the nearest, ties to even; no NaN */
-    uint32_t bits;
-    memcpy(&bits, &y, 4);
-    return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
-
-static inline float from_float(float x) { return x; }
-static inline float to_float(float x) { return x; }
-
-/* exp(x) for x <= 0: 2^n (1 + r + ... + r^6 / 720) with x = n ln 2 + r, off by less than 3e-7 of its value */
-static inline float exp_below(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    float n = (float)(int32_t)(x * 1.44269504f - 0.5f);
-    float r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    float y = 1.0f + r * (1.0f + r * (0.5f + r * (1.66666667e-1f + r * (4.16666667e-2f + r * (8.33333333e-3f + r * 1.38888889e-3f)))));
-    uint32_t bits = (uint32_t)((int32_t)n + 127) << 23;
-    float power;
-    memcpy(&power, &bits, 4);
-    return y * power;
-}
 
 /* s[c] becomes exp(s[c] - max s), whose sum is returned */
 static inline float exponentials(float *s, int columns) {
@@ -300,5 +267,86 @@ void gate(const void *gu, void *y, int tokens, int width, int rounded, int threa
             gate_bf16((const bf16 *)gu + from, (const bf16 *)gu + from + width, (bf16 *)y + to, width);
         else
             gate_float((const float *)gu + from, (const float *)gu + from + width, (float *)y + to, width);
+    }
+}
+
+#define PART 256 /* weights whose sums are searched first */
+#define NOTHING 1e-35f /* such a weight, or sum of a part, cannot be drawn: exp_below gives no 0 */
+
+/* the weights of a part's logits in their place, and their sum */
+static inline float weights(float *e, int count, float top, float factor) {
+    float sum = 0.0f;
+    for (int c = 0; c < count; c++) {
+        e[c] = exp_below((e[c] - top) * factor);
+        sum += e[c];
+    }
+    return sum;
+}
+
+#define DRAW(TYPE, FROM)                                                                                              \
+    /* a part's logits, and how many they are */                                                                      \
+    static inline int logits_##TYPE(const TYPE *z, const float *bias, float *x, int at, int width) {                  \
+        int count = width - at < PART ? width - at : PART;                                                            \
+        for (int c = 0; c < count; c++) x[c] = FROM(z[at + c]);                                                       \
+        if (bias != NULL)                                                                                             \
+            for (int c = 0; c < count; c++) x[c] += bias[at + c];                                                     \
+        return count;                                                                                                 \
+    }                                                                                                                 \
+    static void draw_##TYPE(const TYPE *z, const float *bias, float u, int64_t *drawn, float *logprob, float *sums,   \
+                            int width, float factor) {                                                                \
+        float top = -FLT_MAX, e[PART], total = 0.0f;                                                                  \
+        uint32_t largest = 0, nan = 0x7fc00000u;                                                                      \
+        int parts = (width + PART - 1) / PART, part = 0, last = 0;                                                    \
+        for (int p = 0; p < parts; p++) {                                                                             \
+            int count = logits_##TYPE(z, bias, e, p * PART, width);                                                   \
+            for (int c = 0; c < count; c++) {                                                                         \
+                uint32_t size = bits_of(e[c]) & 0x7fffffffu;                                                          \
+                top = e[c] > top ? e[c] : top;                                                                        \
+                largest = size > largest ? size : largest;                                                            \
+            }                                                                                                         \
+        }                                                                                                             \
+        if (largest > INFINITE) { /* a NaN among the logits must be seen */                                           \
+            *drawn = 0;                                                                                               \
+            memcpy(logprob, &nan, 4);                                                                                 \
+            return;                                                                                                   \
+        }                                                                                                             \
+        for (int p = 0; p < parts; p++) {                                                                             \
+            int count = logits_##TYPE(z, bias, e, p * PART, width);                                                   \
+            total += sums[p] = weights(e, count, top, factor);                                                        \
+        }                                                                                                             \
+        float before = 0.0f, wanted = u * total;                                                                      \
+        for (int p = 0; p < parts; p++) { /* the last part that adds anything, where rounding leaves none */          \
+            if (sums[p] <= NOTHING) continue;                                                                         \
+            part = p;                                                                                                 \
+            if (before + sums[p] > wanted) break;                                                                     \
+            before += sums[p];                                                                                        \
+        }                                                                                                             \
+        int count = logits_##TYPE(z, bias, e, part * PART, width);                                                    \
+        weights(e, count, top, factor);                                                                               \
+        for (int c = 0; c < count; c++) {                                                                             \
+            if (e[c] <= NOTHING) continue;                                                                            \
+            last = c;                                                                                                 \
+            before += e[c];                                                                                           \
+            if (before > wanted) break;                                                                               \
+        }                                                                                                             \
+        *drawn = part * PART + last;                                                                                  \
+        *logprob = logf(e[last]) - logf(total);                                                                       \
+    }
+
+DRAW(bf16, from_bf16)
+DRAW(float, from_float)
+
+/* z [rows, width], bias [width] or NULL, u, drawn, logprobs [rows]; sums is scratch, [rows, parts] */
+void draw(const void *z, const float *bias, const float *u, int64_t *drawn, float *logprobs, float *sums, int rows,
+          int width, float temperature, int rounded, int threads) {
+    int parts = (width + PART - 1) / PART;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 4)
+    for (int i = 0; i < rows; i++) {
+        int64_t at = (int64_t)i * width;
+        float *own = sums + (int64_t)i * parts;
+        if (rounded)
+            draw_bf16((const bf16 *)z + at, bias, u[i], drawn + i, logprobs + i, own, width, 1.0f / temperature);
+        else
+            draw_float((const float *)z + at, bias, u[i], drawn + i, logprobs + i, own, width, 1.0f / temperature);
     }
 }

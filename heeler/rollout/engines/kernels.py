@@ -1,24 +1,15 @@
-"""What a decoding step does between its products, compiled: kernels.c, built by the machine's C compiler when needed.
+"""What a decoding step does between its products, compiled: kernels.c, through runtime/compiled.py.
 
-torch's attention and its small products take 1.5 to 4 times as long for single tokens over short and middling
-rows (docs/benchmarks/decoding_parts.md), and read the columns before a row's first token too. Prompts, whose tokens see
-one column more each, are read by it as well, whatever their lengths, without padding. Norms, rotations and gates are
-several operations of torch each, most of whose time is the calls. Compiling takes a second;
-the result is kept in the cache, by source, compiler and processor. It is used on Linux where a compiler is found, the
-threads are torch's own, and its answers to a first question are right; elsewhere torch is (plain.py), and a run says
-so. HEELER_KERNELS=off leaves it out.
+torch's attention and its small products take several times as long for single tokens
+(docs/benchmarks/decoding_parts.md), and want rows of one length. Prompts, whose tokens see one column more each, are
+read by it as well, whatever their lengths, without padding. Residuals, norms, rotations and gates are several
+operations of torch each, most of whose time is the calls. It is used where it can be built, the threads are torch's
+own, and its answers to a first question are right; elsewhere torch is (plain.py), and a run says so.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import shutil
-import subprocess
-import sys
-import tempfile
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,25 +19,24 @@ import torch
 from torch import Tensor
 
 from heeler.rollout.engines.plain import Plain, Tokens
-from heeler.runtime.cache import cache_folder
-from heeler.runtime.products import processor_line
+from heeler.runtime.compiled import TYPES, compiled, ends
 
 SOURCE = Path(__file__).with_name("kernels.c")
 WIDTHS = (8, 16, 32, 64, 80, 96, 128, 256)  # of a head, that are built
-TYPES = (torch.float32, torch.bfloat16)
 
 
 class Kernels:
     """The loaded kernels; `for_model` gives them only where they can be used. The slow twin is `Plain`."""
 
-    def __init__(self, library: Path) -> None:
-        self.library: Any = ctypes.CDLL(str(library))
+    def __init__(self, library: Any) -> None:
+        self.library = library
         pointer, number, real, stride = ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_int64
-        ends = [number, number]  # whether bf16, threads
+        last = [number, number]  # whether bf16, threads
         places = [*[pointer] * 5, *[number] * 5]
-        self.library.attend.argtypes = [*[pointer] * 5, real, *places, stride, stride, real, *ends]
-        self.library.add_norm.argtypes = [*[pointer] * 4, number, number, real, *ends]
-        self.library.gate.argtypes = [*[pointer] * 2, number, number, *ends]
+        self.library.attend.argtypes = [*[pointer] * 5, real, *places, stride, stride, real, *last]
+        self.library.add_norm.argtypes = [*[pointer] * 4, number, number, real, *last]
+        self.library.gate.argtypes = [*[pointer] * 2, number, number, *last]
+        self.library.draw.argtypes = [*[pointer] * 6, number, number, real, *last]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Kernels:
         return self  # code, which a copied engine shares
@@ -88,7 +78,7 @@ class Kernels:
         failed = self.library.attend(
             spoken.data_ptr(), *(x.data_ptr() for x in turn), *qk, norms[0].variance_epsilon if norms else 0.0,
             *(x.data_ptr() for x in (keys, values, said, rows, positions)), count, groups, heads // groups, width,
-            tokens.longest, keys.stride(0), keys.stride(1), scale, *_ends(spoken),
+            tokens.longest, keys.stride(0), keys.stride(1), scale, *ends(spoken),
         )  # fmt: skip
         if failed:
             raise MemoryError(f"no memory for the attention of {count} tokens over {tokens.longest} columns")
@@ -103,7 +93,7 @@ class Kernels:
         y = torch.empty_like(x)
         self.library.add_norm(
             x.data_ptr(), None if added is None else added.data_ptr(), weight.data_ptr(), y.data_ptr(), *x.shape,
-            norm.variance_epsilon, *_ends(x),
+            norm.variance_epsilon, *ends(x),
         )  # fmt: skip
         return y
 
@@ -112,68 +102,58 @@ class Kernels:
         if not gates.is_contiguous():
             raise ValueError("gates have a layout that the kernel does not read")
         y = gates.new_empty(len(gates), gates.shape[1] // 2)
-        self.library.gate(gates.data_ptr(), y.data_ptr(), *y.shape, *_ends(gates))
+        self.library.gate(gates.data_ptr(), y.data_ptr(), *y.shape, *ends(gates))
         return y
 
+    def draw(self, logits: Tensor, u: Tensor, temperature: float, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Tokens `[B]` and their log-probabilities: `sample` of draws.py without top-k and top-p.
 
-def _ends(x: Tensor) -> tuple[bool, int]:
-    return x.dtype == torch.bfloat16, torch.get_num_threads()
+        Args:
+            logits: `[B, V]`.
+            u: `[B]` float32, of [0, 1).
+            temperature: of the distribution.
+            bias: `[V]` float32, added to the logits; or None.
+        """
+        rows, width = logits.shape
+        given = (u,) if bias is None else (u, bias)
+        fits = logits.is_contiguous() and all(x.is_contiguous() and x.dtype == torch.float32 for x in given)
+        if not fits or len(u) != rows or (bias is not None and len(bias) != width):
+            raise ValueError("logits or what they are drawn by have a layout that the kernel does not read")
+        drawn, logprobs = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+        scratch = torch.empty(rows, width // 256 + 1)
+        self.library.draw(
+            logits.data_ptr(), None if bias is None else bias.data_ptr(),
+            *(x.data_ptr() for x in (u, drawn, logprobs, scratch)), rows, width, temperature, *ends(logits),
+        )  # fmt: skip
+        return drawn, logprobs
+
+
+def kernels_for(x: Tensor) -> Kernels | None:
+    """The kernels for numbers of this type and place, or None."""
+    return loaded()[0] if x.device.type == "cpu" and x.dtype in TYPES else None
 
 
 def for_model(model: Any) -> Kernels | None:
     """The kernels for a model that `can_decode`, or None: for another type or place, width of a head or activation."""
     weight, layers = model.lm_head.weight, model.model.layers
     fits = (
-        weight.device.type == "cpu"
-        and weight.dtype in TYPES
-        and layers[0].self_attn.head_dim in WIDTHS
+        layers[0].self_attn.head_dim in WIDTHS
         and all(type(layer.mlp.act_fn).__name__ in ("SiLU", "SiLUActivation") for layer in layers)
         and all(p.dtype == weight.dtype for name, p in model.named_parameters() if "norm" in name)
     )
-    return loaded()[0] if fits else None
+    return kernels_for(weight) if fits else None
 
 
 @lru_cache(maxsize=1)
 def loaded() -> tuple[Kernels | None, str]:
-    """The kernel, or None and why there is none."""
-    if os.environ.get("HEELER_KERNELS") == "off":
-        return None, "HEELER_KERNELS is off"
-    if not sys.platform.startswith("linux"):
-        return None, "it is built on Linux only"
-    compiler = next((found for name in ("gcc", "cc", "clang") if (found := shutil.which(name))), None)
-    if compiler is None:
-        return None, "there is no C compiler (gcc, cc or clang)"
-    try:
-        kernel = Kernels(_built(compiler))
-        wrong = not all(_is_right(kernel, dtype) for dtype in TYPES)
-    except (OSError, AttributeError, subprocess.SubprocessError) as error:
-        said = str(getattr(error, "stderr", None) or error).strip().splitlines()
-        return None, f"{compiler} did not build it ({said[0] if said else type(error).__name__})"
-    return (None, f"what {compiler} built answers wrongly") if wrong else (kernel, "")
-
-
-def _built(compiler: str) -> Path:
-    """The shared library, compiled where the cache has none for this source, compiler and processor."""
-    wide = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "amd64") else []
-    flags = ["-O3", "-march=native", *wide, "-ffast-math", "-fopenmp", "-fPIC"]
-    known = [
-        SOURCE.read_text(encoding="utf-8"),
-        compiler,
-        str(os.stat(compiler).st_mtime),
-        *flags,
-        processor_line("flags", "Features"),
-    ]
-    key = hashlib.blake2b("\n".join(known).encode(), digest_size=8).hexdigest()
-    library = cache_folder() / "kernels" / f"kernels-{key}.so"
-    if not library.exists():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
-            compiled, linked = f"{folder}/kernels.o", f"{folder}/kernels.so"
-            # OpenMP is not linked: its functions are found in what torch has loaded, so the threads are torch's
-            for command in ([*flags, "-c", str(SOURCE), "-o", compiled], ["-shared", compiled, "-o", linked]):
-                subprocess.run([compiler, *command], check=True, capture_output=True, text=True, timeout=60)
-            os.replace(linked, library)
-    return library
+    """The kernels, or None and why there are none."""
+    library, why_not = compiled(SOURCE)
+    if library is None:
+        return None, why_not
+    kernel = Kernels(library)
+    if not all(_is_right(kernel, dtype) for dtype in TYPES):
+        return None, "what was built answers wrongly"
+    return kernel, ""
 
 
 def _is_right(kernel: Kernels, dtype: torch.dtype) -> bool:
@@ -195,4 +175,11 @@ def _is_right(kernel: Kernels, dtype: torch.dtype) -> bool:
         answers.append([attended, k, v, ways.add_norm(x, gates, wide), x, ways.gate(gates, torch.nn.functional.silu)])
     near = 1e-5 if dtype == torch.float32 else 3e-2
     pairs = zip(*answers, strict=True)
-    return all(torch.allclose(mine.float(), other.float(), atol=near, rtol=near) for mine, other in pairs)
+    logits, u = 2 * random(5, 600), torch.tensor([0.0, 0.2, 0.5, 0.9, 0.999])
+    drawn, logprobs = kernel.draw(logits, u, 0.7, None)
+    wanted = (logits.float() / 0.7).log_softmax(-1)
+    below = (wanted.exp().cumsum(-1) - u[:, None]).gather(1, drawn[:, None])[:, 0]
+    own = wanted.gather(1, drawn[:, None])[:, 0]
+    right = bool((below > -1e-5).all()) and bool((below - own.exp() < 1e-5).all())
+    right = right and torch.allclose(logprobs, own, atol=1e-4)
+    return right and all(torch.allclose(x.float(), y.float(), atol=near, rtol=near) for x, y in pairs)
