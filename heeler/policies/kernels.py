@@ -27,6 +27,11 @@ class Kernels:
         pointer, number, real = ctypes.c_void_p, ctypes.c_int, ctypes.c_float
         last = [number, number]  # whether bf16, threads
         self.library.softmax.argtypes = [*[pointer] * 7, number, number, real, *last]
+        self.library.add_norm.argtypes = [*[pointer] * 5, number, number, real, number, *last]
+        self.library.norm_back.argtypes = [*[pointer] * 8, number, number, real, number, *last]
+        self.library.gate.argtypes = [*[pointer] * 2, number, number, *last]
+        self.library.gate_back.argtypes = [*[pointer] * 4, number, number, *last]
+        self.library.rows.argtypes = [*[pointer] * 7, *[number] * 5, real, *last]
 
     def softmax(
         self, logits: Tensor, tokens: Tensor, temperature: float, e: Tensor | None, slope: Tensor | None = None
@@ -50,6 +55,90 @@ class Kernels:
             *(x.data_ptr() for x in found), *logits.shape, temperature, *ends(logits),
         )  # fmt: skip
         return found[0], found[1], found[2]
+
+    def add_norm(
+        self, x: Tensor, added: Tensor | None, weight: Tensor, eps: float, compute: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """`Parts.add_norm` of layer_parts.py."""
+        x, w = x.contiguous(), weight.detach().float()
+        y, n = x if added is None else torch.empty_like(x), torch.empty_like(x, dtype=compute)
+        _check(n, *(() if added is None else (added,)))
+        self.library.add_norm(
+            *_at(x, added, w, y, n), x.numel() // x.shape[-1], x.shape[-1], eps, x.dtype == torch.bfloat16, *ends(n)
+        )
+        return y, n
+
+    def norm_back(
+        self, dn: Tensor, x: Tensor, weight: Tensor, dz: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """`Parts.norm_back`."""
+        x, width, w, dz = x.contiguous(), x.shape[-1], weight.detach().float(), dz.float().contiguous()
+        dx, rounded, n = torch.empty_like(dz), torch.empty_like(dn), torch.empty_like(dn)
+        _check(dn)
+        dw = torch.zeros(torch.get_num_threads(), width)
+        self.library.norm_back(
+            *_at(dn, x, w, dz, dx, rounded, n, dw), x.numel() // width, width, eps, x.dtype == torch.bfloat16, *ends(dn)
+        )
+        return dx, rounded, n, dw.sum(0)
+
+    def gate(self, gu: Tensor) -> Tensor:
+        """`Parts.gate`."""
+        _check(gu)
+        active = gu.new_empty(*gu.shape[:-1], gu.shape[-1] // 2)
+        self.library.gate(*_at(gu, active), active.numel() // active.shape[-1], active.shape[-1], *ends(gu))
+        return active
+
+    def gate_back(self, da: Tensor, gu: Tensor) -> tuple[Tensor, Tensor]:
+        """`Parts.gate_back`."""
+        _check(gu, da)
+        dgu, active = torch.empty_like(gu), torch.empty_like(da)
+        self.library.gate_back(*_at(da, gu, dgu, active), da.numel() // da.shape[-1], da.shape[-1], *ends(gu))
+        return dgu, active
+
+    def rows(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None, heads: int, groups: int, scale: float
+    ) -> Tensor:
+        """`Parts.attend`: `[B, L, heads * D]`.
+
+        Args:
+            qkv: `[B, L, (heads + 2 groups) * D]`.
+            cos, sin: `[B, L, D]` float32, by which queries and keys are rotated.
+            seen: `[B, L, L]` bool, True where a token (first L) sees another; None where it sees all before it.
+            heads, groups: of queries, and of keys and values.
+            scale: of the attention's logits.
+        """
+        said = qkv.new_empty(*qkv.shape[:2], heads * cos.shape[-1])
+        self._rows(qkv, cos, sin, seen, said, None, None, heads, groups, scale)
+        return said
+
+    def rows_back(
+        self, do: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None, heads: int, groups: int,
+        scale: float,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """`(gradient of qkv, what `rows` gives)` from `do`, the gradient of that."""
+        said, dqkv = torch.empty_like(do), torch.empty_like(qkv)
+        self._rows(qkv, cos, sin, seen, said, do, dqkv, heads, groups, scale)
+        return dqkv, said
+
+    def _rows(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, seen: Tensor | None, said: Tensor, do: Tensor | None,
+        dqkv: Tensor | None, heads: int, groups: int, scale: float,
+    ) -> None:  # fmt: skip
+        _check(qkv, *(() if do is None else (do,)))
+        count, length, width = cos.shape
+        if self.library.rows(
+            *_at(qkv, cos, sin, seen, said, do, dqkv), count, length, groups, heads // groups, width, scale, *ends(qkv)
+        ):
+            raise MemoryError(f"no memory for the attention of rows of {length} tokens")
+
+
+def _at(*tensors: Tensor | None) -> list[int | None]:
+    return [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def _check(*tensors: Tensor) -> None:
+    if not all(x.is_contiguous() and x.dtype == tensors[0].dtype for x in tensors):
+        raise ValueError("states of a layer have a layout that the kernel does not read")
 
 
 def kernels_for(x: Tensor) -> Kernels | None:

@@ -44,3 +44,9 @@ static inline float exp_below(float x) {
     memcpy(&power, &bits, 4);
     return y * power;
 }
+
+/* 1 / (1 + exp(-x)) */
+static inline float sigmoid(float x) {
+    float e = exp_below(x < 0.0f ? x : -x);
+    return (x < 0.0f ? e : 1.0f) / (1.0f + e);
+}

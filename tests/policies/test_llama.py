@@ -108,8 +108,13 @@ def test_states_and_gradients_are_those_of_transformers(kind: str, shared: bool)
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shared", [False, True])
-def test_short_rows_from_hidden_states(kind: str, shared: bool) -> None:
-    body = body_of(kind)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_short_rows_from_hidden_states(
+    kind: str, shared: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiled:
+        monkeypatch.setattr("heeler.policies.llama.kernels_of_layers", lambda x, compute: None)
+    body = body_of(kind, num_attention_heads=2, num_key_value_heads=1)  # 16 wide
     x = torch.randn(3, 12, 32, generator=torch.Generator().manual_seed(2))
     mask, positions = shared_rows(3, 12) if shared else (None, None)
     theirs, ours = both_ways(body, x, mask, positions)

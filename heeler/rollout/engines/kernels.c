@@ -193,8 +193,8 @@ SINGLE(8) SINGLE(16) SINGLE(32) SINGLE(64) SINGLE(80) SINGLE(96) SINGLE(128) SIN
     }                                                                                                                 \
     static void gate_##TYPE(const TYPE *g, const TYPE *u, TYPE *y, int width) {                                       \
         for (int d = 0; d < width; d++) {                                                                             \
-            float x = FROM(g[d]), e = exp_below(x < 0.0f ? x : -x);                                                   \
-            y[d] = TO(x * (x < 0.0f ? e : 1.0f) / (1.0f + e) * FROM(u[d]));                                           \
+            float x = FROM(g[d]);                                                                                     \
+            y[d] = TO(x * sigmoid(x) * FROM(u[d]));                                                                   \
         }                                                                                                             \
     }
 
