@@ -22,7 +22,7 @@
     static void softmax_##TYPE(const TYPE *z, TYPE *e, TYPE *slope, int64_t chosen, float *logprob, float *entropy,   \
                                float *sum, int width, float factor) {                                                 \
         float top = -FLT_MAX, total = 0.0f, weighted = 0.0f, of_chosen = FROM(z[chosen]), x[PART], y[PART];           \
-        uint32_t largest = 0, nan = 0x7fc00000u;                                                                      \
+        uint32_t largest = 0, nan = NOT_A_NUMBER;                                                                     \
         for (int c = 0; c < width; c++) {                                                                             \
             float logit = FROM(z[c]);                                                                                 \
             uint32_t size = bits_of(logit) & 0x7fffffffu;                                                             \
@@ -256,7 +256,16 @@ static void weights(float *s, const uint8_t *seen, int length, int wide) {
             for (int c = 0; c < end; c++) any |= seen[i * length + c];
             for (int c = 0; c < end; c++) row[c] = any && !seen[i * length + c] ? -1e30f : row[c];
         }
-        for (int c = 0; c < end; c++) top = row[c] > top ? row[c] : top;
+        uint32_t largest = 0, nan = NOT_A_NUMBER;
+        for (int c = 0; c < end; c++) {
+            uint32_t size = bits_of(row[c]) & 0x7fffffffu;
+            top = row[c] > top ? row[c] : top;
+            largest = size > largest ? size : largest;
+        }
+        if (largest > INFINITE) { /* must come out */
+            for (int c = 0; c < wide; c++) memcpy(row + c, &nan, 4);
+            continue;
+        }
         for (int c = 0; c < end; c++) total += row[c] = exp_below(row[c] - top);
         total = 1.0f / total;
         for (int c = 0; c < end; c++) row[c] = row[c] < 1e-37f ? 0.0f : row[c] * total;

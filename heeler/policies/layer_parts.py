@@ -130,6 +130,8 @@ def kernels_of_layers(x: Tensor, compute: torch.dtype) -> Kernels | None:
 
 
 @lru_cache(maxsize=1)
+@torch.inference_mode(False)
+@torch.autocast("cpu", enabled=False)
 def _are_right() -> bool:
     """Whether the compiled parts answer first questions as torch does."""
     if loaded() is None:

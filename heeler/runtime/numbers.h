@@ -28,6 +28,7 @@ static inline bf16 to_bf16(float y) { /* to the nearest, ties to even; no NaN */
 }
 
 #define INFINITE 0x7f800000u /* without the sign; what is above is NaN */
+#define NOT_A_NUMBER 0x7fc00000u
 
 static inline float from_float(float x) { return x; }
 static inline float to_float(float x) { return x; }

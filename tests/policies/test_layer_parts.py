@@ -120,6 +120,27 @@ def test_a_row_depends_on_itself_alone(compute: torch.dtype) -> None:
         assert all(torch.equal(x[0], y[row]) for x, y in zip(alone[:2], whole[:2], strict=True) if x is not None)
 
 
+@COMPUTE
+def test_a_nan_comes_out(compute: torch.dtype) -> None:
+    """Wherever it stands: training must stop at it."""
+    parts, _ = parts_of(compute, 20, 16)
+    for part in range(3):  # of queries, keys, values
+        qkv, do = random(3, 20, 8 * 16).to(compute), random(3, 20, 4 * 16).to(compute)
+        qkv[1, 4, 64 * (part > 0) + 32 * (part > 1)] = torch.nan
+        dqkv, said, _, _ = parts.attend_back(do, qkv, 4, 2, None, None)
+        for found in (said, dqkv):
+            assert [bool(torch.isnan(row).any()) for row in found] == [False, True, False]
+    gu, da = random(2, 3, 32).to(compute), random(2, 3, 16).to(compute)
+    gu[0, 1, 3] = torch.nan
+    gu[1, 2, 20] = torch.nan
+    dgu, active = parts.gate_back(da.clone(), gu)
+    assert torch.isnan(parts.gate(gu)).sum() == torch.isnan(active).sum() == 2 <= torch.isnan(dgu).sum()
+    x = random(2, 3, 16)
+    x[1, 1, 0] = torch.nan
+    for found in (parts.add_norm(x, None, random(16))[1], *parts.norm_back(da, x, random(16), x)[:3]):
+        assert bool(torch.isnan(found[1, 1]).all()) and torch.isnan(found).sum() == 16
+
+
 @pytest.mark.parametrize("why", ["norms of queries and keys", "a long row", "a narrow head"])
 def test_torch_takes_the_other_attention(why: str) -> None:
     length, width = (SHORT + 1 if why == "a long row" else 5), (8 if why == "a narrow head" else 16)
@@ -149,6 +170,10 @@ def test_wrong_answers_are_not_used() -> None:
     assert kernels_of_layers(torch.zeros(1), SINGLE) is not None
 
 
+@pytest.mark.parametrize("around", [torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)])
 @pytest.mark.skipif(not (sys.platform.startswith("linux") and shutil.which("gcc")), reason="there is no gcc on Linux")
-def test_where_there_is_a_compiler_the_first_questions_are_answered() -> None:
-    assert _are_right()
+def test_where_there_is_a_compiler_the_first_questions_are_answered(around: Any) -> None:
+    """Whatever is going on when they are asked."""
+    _are_right.cache_clear()
+    with around:
+        assert _are_right()

@@ -295,7 +295,7 @@ static inline float weights(float *e, int count, float top, float factor) {
     static void draw_##TYPE(const TYPE *z, const float *bias, float u, int64_t *drawn, float *logprob, float *sums,   \
                             int width, float factor) {                                                                \
         float top = -FLT_MAX, e[PART], total = 0.0f;                                                                  \
-        uint32_t largest = 0, nan = 0x7fc00000u;                                                                      \
+        uint32_t largest = 0, nan = NOT_A_NUMBER;                                                                     \
         int parts = (width + PART - 1) / PART, part = 0, last = 0;                                                    \
         for (int p = 0; p < parts; p++) {                                                                             \
             int count = logits_##TYPE(z, bias, e, p * PART, width);                                                   \
