@@ -51,7 +51,7 @@ class PPOConfig:
         loss_denominator: None divides by the global sum of weights (the token mean, or the sequence mean, as the
             weights say); a number divides by it (Dr. GRPO).
         token_budget: padded tokens (or steps) in one forward and backward pass, which bounds the memory; a last pass
-            may be a quarter larger, in place of a small one more. None takes 1,024 on a CPU, where larger passes gain
+            may be a quarter larger, in place of a small one more. None takes 1,536 on a CPU, where larger passes gain
             no speed, and 8,192 elsewhere.
         ratio_tolerance: how far the mean |ratio - 1| of the very first minibatch may lie from 0.
     """

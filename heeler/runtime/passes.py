@@ -9,7 +9,7 @@ from torch import Tensor
 
 from heeler.types import HeelerError, Result
 
-CPU_BUDGET, GPU_BUDGET = 1024, 8192  # tokens of a pass
+CPU_BUDGET, GPU_BUDGET = 1536, 8192  # tokens of a pass
 
 
 def pass_budget(given: int | None, device: torch.device) -> int:

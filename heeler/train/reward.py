@@ -68,7 +68,7 @@ class RewardConfig:
         label_smoothing: pulls targets toward 1/2: keeps the logits of the reward in a range that PPO can use.
         centring: coefficient of (s(chosen) + s(rejected))^2.
         normalize: store gain and bias that give chosen completions mean 0 and standard deviation 1.
-        token_budget: tokens of one forward and backward pass, padding included; None takes 1,024 on a CPU, where larger
+        token_budget: tokens of one forward and backward pass, padding included; None takes 1,536 on a CPU, where larger
             passes gain no speed, and 8,192 elsewhere. It changes memory and speed, not the gradient.
         seed: of the order and the crops.
         device: "auto" takes a GPU where there is one.

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 LOGPROB_TOLERANCE = {"fp32": 1e-3, "bf16": 0.1}
 ROUNDING = 1e-5  # nats a token: nearer log-probabilities of the same weights are equal, but for the paths they took
 KEPT_PASSES = 4  # of the token budget: a rollout up to this size is kept with its gradients from scoring to update
-PROBED = 4  # sequences, or an eighth, that the trainer scores too where the engine's log-probabilities are taken
+PROBED = 2  # sequences, or an eighth, that the trainer scores too where the engine's log-probabilities are taken
 
 
 def scale_of(moments: RunningMoments) -> float:

@@ -70,7 +70,7 @@ class SFTConfig:
             weight outside embeddings and small tensors.
         adam_betas, weight_decay: of AdamW.
         max_grad_norm: gradients are scaled down to it.
-        token_budget: tokens of one forward pass, padding included; None takes 1,024 on a CPU, where larger passes gain
+        token_budget: tokens of one forward pass, padding included; None takes 1,536 on a CPU, where larger passes gain
             no speed, and 8,192 elsewhere. With `pack` it is the width of a row too, and None takes 4,096.
         pack: examples share rows, blind to each other, instead of being padded to similar lengths: for GPUs; on a
             CPU the mask costs more than the padding. Not with encoder-decoder models.

@@ -47,7 +47,7 @@ def plain_loss(model: Any, tokenizer: Any) -> torch.Tensor:
     return total / count
 
 
-@pytest.mark.parametrize(("given", "pack", "budget"), [(None, False, 1024), (None, True, 4096), (99, True, 99)])
+@pytest.mark.parametrize(("given", "pack", "budget"), [(None, False, 1536), (None, True, 4096), (99, True, 99)])
 def test_the_token_budget(tiny_llama: str, tmp_path: Path, given: int | None, pack: bool, budget: int) -> None:
     config = config_of(tiny_llama, tmp_path / "run", token_budget=given, pack=pack)
     assert build_sft_run(config, data=ROWS).passes.tokens == budget
