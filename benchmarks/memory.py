@@ -24,10 +24,10 @@ ROOT = Path(__file__).resolve().parents[1]
 EIGHT, AGAIN = {"optimizer": "adamw8bit"}, {"activation_checkpointing": True}
 REVIEWS, REVIEW_TOKENS = 64, 64  # of the perplexity
 WAYS: tuple[tuple[str, dict[str, Any], int], ...] = (
-    ("none", {}, 1024),
-    ("`--activation-checkpointing`", AGAIN, 1024),
-    ("`--optimizer adamw8bit`", EIGHT, 1024),
-    ("`--optimizer adamw8bit --activation-checkpointing`", EIGHT | AGAIN, 1024),
+    ("none", {}, 1536),
+    ("`--activation-checkpointing`", AGAIN, 1536),
+    ("`--optimizer adamw8bit`", EIGHT, 1536),
+    ("`--optimizer adamw8bit --activation-checkpointing`", EIGHT | AGAIN, 1536),
     ("both, `--ppo.token-budget 512`", EIGHT | AGAIN, 512),
     ("both, the same, `--no-keep-first-pass`", EIGHT | AGAIN | {"keep_first_pass": False}, 512),
 )

@@ -345,6 +345,7 @@ def update(
                     )
                 grad_norms.setdefault(str(group.get("name", "policy")), []).append(norm)
             optimizer.step()
+            optimizer.zero_grad(set_to_none=True)  # gradients would lie beside the activations of the next rollout
             optimizer_steps += 1
         if config.target_kl is not None:
             of_epoch = _Record(record.rows[before:], record.said[before:])
@@ -356,6 +357,7 @@ def update(
         print("update skipped: every decision of the batch has weight 0, so there is nothing to learn from")
     sums, ratio_max = record.sums(*config.clip_ranges)
     sums = reduce.sum(sums)
+    explained = explained_variance(batch.old_values, batch.returns, batch.value_weights, reduce)
     metrics = {
         "policy/loss": _mean(sums, "policy_loss"),
         "policy/entropy": _mean(sums, "entropy"),
@@ -363,9 +365,7 @@ def update(
         "policy/ratio_max": float(reduce.max(torch.tensor(ratio_max))),
         "policy/kl_stopped": float(stopped),
         "value/loss": _mean(sums, "value_loss", "value_weight"),
-        "value/explained_variance": float(
-            explained_variance(batch.old_values, batch.returns, batch.value_weights, reduce)
-        ),
+        "value/explained_variance": float(explained),
         "kl/old_new": _mean(sums, "kl"),
         "optimizer_steps": float(optimizer_steps),
     }

@@ -18,6 +18,7 @@ import tyro
 from heeler.data.prompts import PromptSet, load_prompts
 from heeler.policies import loading
 from heeler.policies.language_model import Critic, Full, LanguageModelPolicy, LoRA, TopLayers, Trainable, ValueHead
+from heeler.policies.layer_parts import kernels_of_layers
 from heeler.policies.llama import can_write_out
 from heeler.policies.seq2seq import Seq2SeqPolicy
 from heeler.policies.token_masks import AllTokens, TokenMask, token_bias
@@ -334,16 +335,19 @@ def kernels_of(policy: LanguageModelPolicy, engine: Engine) -> dict[str, Any]:
 
     `attention` is Heeler's or the name of transformers' own, `packing` whose blocks hold the weights while the engine
     samples; `layers_written_out` and `steps_written_out` say whether training and sampling run Heeler's own layers,
-    `attention_compiled` whether single tokens attend by a kernel that was compiled here.
+    `steps_compiled` and `layers_compiled` whether what lies between their products was compiled here.
     """
     packs = isinstance(engine, BatchEngine) and engine.pack_weights
+    products = torch.bfloat16 if policy.precision == "bf16" else torch.float32
+    states = torch.zeros(1, device=policy.device)
     library = library_for(policy.engine_model.get_output_embeddings().weight) if packs else None
     return {
         "attention": policy.model.config.get_text_config(decoder=True)._attn_implementation,
         "packing": library or "none",
         "layers_written_out": can_write_out(policy.top),
         "steps_written_out": isinstance(engine, NativeEngine) and engine.written_out,
-        "attention_compiled": isinstance(engine, NativeEngine) and engine.attention_compiled,
+        "steps_compiled": isinstance(engine, NativeEngine) and engine.step_compiled,
+        "layers_compiled": can_write_out(policy.top) and kernels_of_layers(states, products) is not None,
     }
 
 
@@ -481,9 +485,9 @@ def build_text_run(
             f"the engine samples {type(model).__name__} through transformers, which is slower: its own decoding step"
             " knows Llama, Mistral, Qwen2 and Qwen3 without windows"
         )
-    elif isinstance(engine, NativeEngine) and device == "cpu" and not engine.attention_compiled:
+    elif isinstance(engine, NativeEngine) and device == "cpu" and not engine.step_compiled:
         reason = kernels.loaded()[1] or "its heads are of a width that is not built"
-        notes.append(f"single tokens attend by torch, which is slower than a compiled kernel: {reason}")
+        notes.append(f"what lies between matrix products is torch's, which is slower than compiled kernels: {reason}")
     if loaded and loaded_eval:
         both = len(set(map(tuple, loaded.tokens)) & set(map(tuple, loaded_eval.tokens)))
         if both:

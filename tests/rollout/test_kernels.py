@@ -379,7 +379,7 @@ def test_without_it_a_run_says_so_once_and_samples_the_same(
         for file in anew.glob("*"):
             file.unlink()
     run = build_text_run(small(model, tmp_path / "run"), prompts=["abc", "de"], reward=lengths)
-    (note,) = [note for note in run.notes if "attend by torch" in note]
+    (note,) = [note for note in run.notes if "between matrix products" in note]
     assert said in note
     for mine, other in zip(*answers, strict=True):
         assert mine.tokens == other.tokens

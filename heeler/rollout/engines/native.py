@@ -80,7 +80,7 @@ class NativeEngine(BatchEngine):
         return can_decode(self.model) and not self._hooked()
 
     @property
-    def attention_compiled(self) -> bool:
+    def step_compiled(self) -> bool:
         """Whether what happens between the products is compiled."""
         return self.written_out and Decoder(self.model).compiled
 
