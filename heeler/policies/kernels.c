@@ -29,7 +29,7 @@
             top = logit > top ? logit : top;                                                                          \
             largest = size > largest ? size : largest;                                                                \
         }                                                                                                             \
-        if (largest > INFINITE) { /* a NaN among the logits must come out */                                          \
+        if (largest > INFINITE || bits_of(top) == INFINITE || top == -FLT_MAX) { /* NaN, or nothing to choose from */ \
             memcpy(logprob, &nan, 4);                                                                                 \
             memcpy(entropy, &nan, 4);                                                                                 \
             memcpy(sum, &nan, 4);                                                                                     \

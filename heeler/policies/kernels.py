@@ -43,13 +43,17 @@ class Kernels:
 
         Raises:
             ValueError: the tensors lie otherwise.
+            IndexError: a token is outside the vocabulary.
         """
         parts = [x for x in (logits, e, slope) if x is not None]
         fits = all(x.is_contiguous() and x.dtype == logits.dtype and x.shape == logits.shape for x in parts)
-        if not (fits and tokens.dtype == torch.int64 and len(tokens) == len(logits)):
+        on_cpu = all(x.device.type == "cpu" for x in (*parts, tokens))
+        if not (fits and on_cpu and tokens.dtype == torch.int64 and len(tokens) == len(logits)):
             raise ValueError("logits or tokens have a layout that the kernel does not read")
         tokens = tokens.contiguous()
-        found = torch.empty(3, len(logits), dtype=torch.float32)
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < logits.shape[1]:
+            raise IndexError(f"a token is outside the vocabulary of {logits.shape[1]} tokens")
+        found = torch.empty(3, len(logits), dtype=torch.float32, device="cpu")
         self.library.softmax(
             logits.data_ptr(), *(None if x is None else x.data_ptr() for x in (e, slope)), tokens.data_ptr(),
             *(x.data_ptr() for x in found), *logits.shape, temperature, *ends(logits),
@@ -75,10 +79,12 @@ class Kernels:
         x, width, w, dz = x.contiguous(), x.shape[-1], weight.detach().float(), dz.float().contiguous()
         dx, rounded, n = torch.empty_like(dz), torch.empty_like(dn), torch.empty_like(dn)
         _check(dn)
-        dw = torch.zeros(torch.get_num_threads(), width)
+        rounding, threads = ends(dn)
+        dw = torch.zeros(threads, width, dtype=torch.float32, device="cpu")
         self.library.norm_back(
-            *_at(dn, x, w, dz, dx, rounded, n, dw), x.numel() // width, width, eps, x.dtype == torch.bfloat16, *ends(dn)
-        )
+            *_at(dn, x, w, dz, dx, rounded, n, dw), x.numel() // width, width, eps, x.dtype == torch.bfloat16, rounding,
+            threads,
+        )  # fmt: skip
         return dx, rounded, n, dw.sum(0)
 
     def gate(self, gu: Tensor) -> Tensor:
@@ -162,8 +168,12 @@ def _is_right(kernels: Kernels, dtype: torch.dtype) -> bool:
     wanted = (logits.float() / 0.7).log_softmax(-1)
     p = wanted.exp().scatter(1, tokens[:, None], 0.0)
     near = 1e-5 if dtype == torch.float32 else 1e-2
+    broken = logits.clone()
+    broken[1, 4], broken[2, ::2], broken[3, 8] = torch.nan, -torch.inf, torch.inf
+    told = kernels.softmax(broken, tokens, 0.7, broken)[0]
     return (
-        torch.allclose(logprobs, wanted.gather(1, tokens[:, None])[:, 0], atol=1e-4, rtol=1e-5)
+        torch.isnan(told).tolist() == [False, True, False, True, False]
+        and torch.allclose(logprobs, wanted.gather(1, tokens[:, None])[:, 0], atol=1e-4, rtol=1e-5)
         and torch.allclose(entropy, h := -(wanted.exp() * wanted).sum(-1), atol=1e-4, rtol=1e-5)
         and torch.allclose(e.float() / sums[:, None], p, atol=near, rtol=near)
         and torch.allclose(slope.float() / sums[:, None], -wanted.exp() * (wanted + h[:, None]), atol=near, rtol=near)

@@ -143,10 +143,16 @@ def _are_right() -> bool:
 
     angles, x, weight, qkv, do = random(1, 7, 8), random(2, 7, 32), random(32), random(2, 7, 128), random(2, 7, 64)
     turn = angles.cos().repeat(1, 1, 2), angles.sin().repeat(1, 1, 2)
-    for compute, rounding in ((torch.float32, 1e-4), (torch.bfloat16, 5e-2)):
+    seen = torch.ones(2, 1, 7, 7, dtype=torch.bool).tril()
+    seen[0, :, 4:, 2:4] = False
+    nan = random(1, 7, 128)
+    nan[0, 3, 0] = torch.nan
+    kinds = [(dtype, mask) for dtype in TYPES for mask in (None, seen)]
+    for compute, mask in kinds:
+        rounding = 1e-4 if compute == torch.float32 else 5e-2
         answers: list[list[Tensor]] = []
         for kind in (Parts, CompiledParts):
-            parts = kind(compute=compute, width=16, scale=0.25, eps=1e-5, turn=turn, mask=None)
+            parts = kind(compute=compute, width=16, scale=0.25, eps=1e-5, turn=turn, mask=mask)
             added, spoken, d = x.to(compute), qkv.to(compute), do.to(compute)
             dqkv, said, _, _ = parts.attend_back(d, spoken, 4, 2, None, None)
             answers.append([
@@ -156,7 +162,9 @@ def _are_right() -> bool:
         pairs = zip(*answers, strict=True)
         if not all(torch.allclose(a.float(), b.float(), atol=rounding, rtol=rounding) for a, b in pairs):
             return False
-    return True
+    alone = CompiledParts(compute=torch.float32, width=16, scale=0.25, eps=1e-5, turn=turn, mask=None)
+    lost = alone.attend(nan, 4, 2, None, None)[0].isnan().any(1)
+    return lost.tolist() == [False, False, False, True, False, False, False]
 
 
 @dataclass(frozen=True)

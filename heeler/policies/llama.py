@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from heeler.policies.attention import NAME
 from heeler.policies.checkpointing import again_in_backward, is_checkpointed
@@ -138,6 +139,7 @@ class _Layer(torch.autograd.Function):
         return z
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
         x, qkv, y, gu, w1, wq, wk, wv, bq, nq, nk, wo, bo, w2, wg, wu, wd = ctx.saved_tensors
         parts: Parts = ctx.parts

@@ -38,7 +38,7 @@ def compiled(source: Path) -> tuple[Any, str]:
         return None, "there is no C compiler (gcc, cc or clang)"
     try:
         return ctypes.CDLL(str(_built(source, compiler))), ""
-    except (OSError, subprocess.SubprocessError) as error:
+    except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # without a home there is no cache
         said = str(getattr(error, "stderr", None) or error).strip().splitlines()
         return None, f"{compiler} did not build it ({said[0] if said else type(error).__name__})"
 
@@ -51,7 +51,9 @@ def ends(x: Tensor) -> tuple[bool, int]:
 def _built(source: Path, compiler: str) -> Path:
     """The shared library, compiled where the cache has none for this source, compiler and processor."""
     wide = ["-mprefer-vector-width=512"] if platform.machine() in ("x86_64", "amd64") else []
-    flags = ["-O3", "-march=native", *wide, "-ffast-math", "-fopenmp", "-fPIC"]
+    clang = "clang" in os.path.realpath(compiler)
+    threads = [] if clang else ["-fopenmp"]  # clang's are not those that torch's wheels bring
+    flags = ["-O3", "-march=native", *wide, "-ffast-math", *threads, "-fPIC"]
     known = [
         HEADER.read_text(encoding="utf-8"),
         source.read_text(encoding="utf-8"),
@@ -68,7 +70,7 @@ def _built(source: Path, compiler: str) -> Path:
             done, linked = f"{folder}/{source.stem}.o", f"{folder}/{source.stem}.so"
             # OpenMP is not linked: its functions are found in what torch has loaded, so the threads are torch's
             compile_it = [*flags, f"-I{HEADER.parent}", "-c", str(source), "-o", done]
-            for command in (compile_it, ["-shared", done, "-o", linked]):
+            for command in (compile_it, ["-shared", done, "-lm", "-o", linked]):
                 subprocess.run([compiler, *command], check=True, capture_output=True, text=True, timeout=60)
             os.replace(linked, library)
     return library

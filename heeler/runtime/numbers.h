@@ -9,6 +9,9 @@
 
 typedef uint16_t bf16;
 
+#define INFINITE 0x7f800000u /* without the sign; what is above is NaN */
+#define NOT_A_NUMBER 0x7fc00000u
+
 static inline float from_bf16(bf16 x) {
     uint32_t bits = (uint32_t)x << 16;
     float y;
@@ -22,13 +25,10 @@ static inline uint32_t bits_of(float x) {
     return bits;
 }
 
-static inline bf16 to_bf16(float y) { /* to the nearest, ties to even; no NaN */
-    uint32_t bits = bits_of(y);
-    return (bf16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+static inline bf16 to_bf16(float y) { /* to the nearest, ties to even */
+    uint32_t bits = bits_of(y), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return (bf16)((bits & 0x7fffffffu) > INFINITE ? NOT_A_NUMBER >> 16 : rounded);
 }
-
-#define INFINITE 0x7f800000u /* without the sign; what is above is NaN */
-#define NOT_A_NUMBER 0x7fc00000u
 
 static inline float from_float(float x) { return x; }
 static inline float to_float(float x) { return x; }

@@ -107,6 +107,33 @@ def test_layouts_that_they_cannot_read_are_refused() -> None:
         (logits, tokens, 1.0, logits, torch.empty(6, 4).t()),
         (logits, tokens.int(), 1.0, None),
         (logits, tokens[:3], 1.0, None),
+        (logits, tokens.to("meta"), 1.0, None),
     ):
         with pytest.raises(ValueError, match="layout"):
             found().softmax(*wrong)
+    for outside in (6, -1, -100):
+        with pytest.raises(IndexError, match="outside the vocabulary of 6"):
+            found().softmax(logits, torch.tensor([0, outside, 2, 3]), 1.0, None)
+
+
+@needs_kernels
+@TYPES
+def test_infinite_logits_are_no_distribution(dtype: torch.dtype) -> None:
+    logits, tokens = torch.randn(3, 300).to(dtype), torch.tensor([5, 6, 7])
+    logits[0, 200] = torch.inf
+    logits[2] = -torch.inf
+    for values in found().softmax(logits, tokens, 1.0, None):
+        assert torch.isnan(values).tolist() == [True, False, True]
+
+
+@needs_kernels
+def test_torchs_default_type_changes_nothing() -> None:
+    logits, tokens = torch.randn(3, 300), torch.tensor([5, 6, 7])
+    x, w, dn, dz = torch.randn(4, 9, 32), torch.ones(32), torch.randn(4, 9, 32), torch.randn(4, 9, 32)
+    before = *found().softmax(logits, tokens, 1.0, None), *found().norm_back(dn, x, w, dz, 1e-5)
+    torch.set_default_dtype(torch.float64)
+    try:
+        after = *found().softmax(logits, tokens, 1.0, None), *found().norm_back(dn, x, w, dz, 1e-5)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))

@@ -427,6 +427,13 @@ def test_samples_of_one_prompt_go_on_from_copies_of_its_keys(
     loaded.cache_clear()
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_prompt_without_tokens_is_refused(architecture: str, tmp_path: Path) -> None:
+    engine = NativeEngine(load_causal_lm(save_tiny_model(tmp_path, architecture)), eos_ids=[])
+    with pytest.raises(HeelerError, match="request 2 has a prompt without tokens"):
+        engine.generate([Request(prompt=[3], seed=0), Request(prompt=[], seed=1)], Sampling(max_new_tokens=2))
+
+
 def test_publish_is_a_transaction_that_moves_the_samples(tiny_llama: str) -> None:
     policy = LanguageModelPolicy(load_causal_lm(tiny_llama), trainable=TopLayers(layers=1), critic=ValueHead())
     engine = NativeEngine(policy.engine_model, eos_ids=[])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -250,6 +251,7 @@ def test_layouts_that_it_cannot_read_are_refused() -> None:
         replace(asked, tokens=replace(asked.tokens, positions=asked.tokens.positions.int())),
         replace(asked, spoken=asked.spoken[:-1]),
         replace(asked, turn=(asked.turn[0][:, ::2], asked.turn[1])),
+        question(512, 1, 1, 3, torch.float32),
     ):
         with pytest.raises(ValueError, match="layout"):
             wrong.of(kernel())
@@ -308,11 +310,27 @@ def test_what_cannot_be_drawn_is_not_drawn(u: float) -> None:
 
 
 @needs_kernel
-def test_nan_logits_are_seen() -> None:
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_logits_that_are_no_distribution_are_seen(value: float) -> None:
     logits = torch.randn(3, 700)
-    logits[1, 650] = torch.nan
+    logits[1, 650 if value > 0 or math.isnan(value) else slice(None)] = value
     tokens, logprobs = kernel().draw(logits, torch.full((3,), 0.5), 1.0, None)
     assert torch.isnan(logprobs).tolist() == [False, True, False] and bool((tokens < 700).all())
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [16, 64])
+def test_a_nan_among_queries_keys_and_values_comes_out(dtype: torch.dtype, width: int) -> None:
+    for part in range(3):
+        asked = question(width, 2, 2, 50, dtype)
+        asked.spoken[2, (0, 4, 6)[part], 3] = torch.nan
+        assert asked.of(kernel()).isnan().any(1).tolist() == [False, False, True, False, False, False]
+
+
+@needs_kernel
+def test_they_are_found_again_in_another_process() -> None:
+    assert pickle.loads(pickle.dumps(kernel())) is kernel()
 
 
 @pytest.mark.skipif(

@@ -69,7 +69,7 @@ class BatchEngine(WeightReceiver):
         self.tokenizer, self.max_rows, self.share_prompts = tokenizer, max_rows, share_prompts
         self.device = next(model.parameters()).device
         self.eos_ids = torch.tensor(sorted(eos_ids), dtype=torch.long)
-        self.token_bias = None if token_bias is None else token_bias.to(self.device)
+        self.token_bias = None if token_bias is None else token_bias.float().contiguous().to(self.device)
         self.look_every = 1 if self.device.type == "cpu" else LOOK_EVERY
         self.on_progress: Callable[[int], Any] | None = None
 

@@ -20,7 +20,16 @@
 /* s[c] becomes exp(s[c] - max s), whose sum is returned */
 static inline float exponentials(float *s, int columns) {
     float top = -FLT_MAX, total = 0.0f;
-    for (int c = 0; c < columns; c++) top = s[c] > top ? s[c] : top;
+    uint32_t largest = 0, nan = NOT_A_NUMBER;
+    for (int c = 0; c < columns; c++) {
+        uint32_t size = bits_of(s[c]) & 0x7fffffffu;
+        top = s[c] > top ? s[c] : top;
+        largest = size > largest ? size : largest;
+    }
+    if (largest > INFINITE) { /* must come out */
+        memcpy(&total, &nan, 4);
+        return total;
+    }
     for (int c = 0; c < columns; c++) total += s[c] = exp_below(s[c] - top);
     return total;
 }
@@ -305,7 +314,7 @@ static inline float weights(float *e, int count, float top, float factor) {
                 largest = size > largest ? size : largest;                                                            \
             }                                                                                                         \
         }                                                                                                             \
-        if (largest > INFINITE) { /* a NaN among the logits must be seen */                                           \
+        if (largest > INFINITE || bits_of(top) == INFINITE || top == -FLT_MAX) { /* NaN, or nothing to choose from */ \
             *drawn = 0;                                                                                               \
             memcpy(logprob, &nan, 4);                                                                                 \
             return;                                                                                                   \

@@ -41,6 +41,9 @@ class Kernels:
     def __deepcopy__(self, memo: dict[int, Any]) -> Kernels:
         return self  # code, which a copied engine shares
 
+    def __reduce__(self) -> Any:
+        return _loaded_there, ()
+
     def attend(
         self, spoken: Tensor, turn: tuple[Tensor, Tensor], norms: Any, keys: Tensor, values: Tensor, tokens: Tokens,
         scale: float,
@@ -66,6 +69,7 @@ class Kernels:
             spoken.is_contiguous()
             and keys.stride() == values.stride()
             and keys.stride()[2:] == (width, 1)
+            and width in WIDTHS
             and rows.dtype == torch.int32
             and positions.dtype == torch.int64
             and all(x.is_contiguous() and len(x) == count for x in (rows, positions, *turn))
@@ -119,8 +123,9 @@ class Kernels:
         fits = logits.is_contiguous() and all(x.is_contiguous() and x.dtype == torch.float32 for x in given)
         if not fits or len(u) != rows or (bias is not None and len(bias) != width):
             raise ValueError("logits or what they are drawn by have a layout that the kernel does not read")
-        drawn, logprobs = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
-        scratch = torch.empty(rows, width // 256 + 1)
+        drawn = torch.empty(rows, dtype=torch.int64, device="cpu")
+        logprobs = torch.empty(rows, dtype=torch.float32, device="cpu")
+        scratch = torch.empty(rows, width // 256 + 1, dtype=torch.float32, device="cpu")
         self.library.draw(
             logits.data_ptr(), None if bias is None else bias.data_ptr(),
             *(x.data_ptr() for x in (u, drawn, logprobs, scratch)), rows, width, temperature, *ends(logits),
@@ -142,6 +147,11 @@ def for_model(model: Any) -> Kernels | None:
         and all(p.dtype == weight.dtype for name, p in model.named_parameters() if "norm" in name)
     )
     return kernels_for(weight) if fits else None
+
+
+def _loaded_there() -> Kernels | Plain:
+    """What stands for the kernels in another process."""
+    return loaded()[0] or Plain()
 
 
 @lru_cache(maxsize=1)
@@ -175,11 +185,18 @@ def _is_right(kernel: Kernels, dtype: torch.dtype) -> bool:
         answers.append([attended, k, v, ways.add_norm(x, gates, wide), x, ways.gate(gates, torch.nn.functional.silu)])
     near = 1e-5 if dtype == torch.float32 else 3e-2
     pairs = zip(*answers, strict=True)
+    spoken[1, 64 * 9] = torch.nan  # of a key
+    lost = kernel.attend(spoken.clone(), turn, None, keys.clone(), values.clone(), tokens, 0.125).isnan().any(1)
     logits, u = 2 * random(5, 600), torch.tensor([0.0, 0.2, 0.5, 0.9, 0.999])
     drawn, logprobs = kernel.draw(logits, u, 0.7, None)
     wanted = (logits.float() / 0.7).log_softmax(-1)
     below = (wanted.exp().cumsum(-1) - u[:, None]).gather(1, drawn[:, None])[:, 0]
     own = wanted.gather(1, drawn[:, None])[:, 0]
-    right = bool((below > -1e-5).all()) and bool((below - own.exp() < 1e-5).all())
+    masked = torch.full((3, 600), -torch.inf, dtype=dtype)
+    masked[0, 7], masked[1, 8], masked[2, 9], masked[2, 10] = 1.0, torch.nan, 1.0, torch.inf
+    told = kernel.draw(masked, u[:3], 0.7, None)
+    right = told[0][0].item() == 7 and told[1].isnan().tolist() == [False, True, True]
+    right = right and lost.tolist() == [False, True, False, False, False]
+    right = right and bool((below > -1e-5).all()) and bool((below - own.exp() < 1e-5).all())
     right = right and torch.allclose(logprobs, own, atol=1e-4)
     return right and all(torch.allclose(x.float(), y.float(), atol=near, rtol=near) for x, y in pairs)

@@ -91,6 +91,9 @@ class NativeEngine(BatchEngine):
     @torch.no_grad()
     def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Completion]:
         self.check_ready()
+        empty = next((i for i, request in enumerate(requests) if len(request.prompt) == 0), None)
+        if empty is not None:
+            raise HeelerError(f"request {empty + 1} has a prompt without tokens: there is nothing to go on from")
         draws = Draws(requests, sampling, self)
         kept = [Kept() for _ in requests]
         reader = self._reader(requests, draws.cap)
