@@ -1,7 +1,7 @@
 """The parts of a layer between its products, forwards and backwards: by torch, and compiled.
 
 llama.py has the formulas. The compiled ones are those of kernels.c; the slow twin is torch's, which takes what they do
-not: GPUs, other types, norms of queries and keys, long rows.
+not: GPUs, other types, norms of queries and keys, very long rows.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from heeler.policies.attention import SHORT, short_rows
 from heeler.policies.kernels import Kernels, loaded
 from heeler.runtime.compiled import TYPES
+
+LONGEST = 1536  # tokens of a row whose matrices the compiled attention holds whole; from 2,048 on torch's is as fast
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,7 @@ class CompiledParts(Parts):
         return *self.kernels.rows_back(do, qkv, cos, sin, seen, heads, groups, self.scale), None, None
 
     def _short(self, qkv: Tensor, nq: Tensor | None) -> bool:
-        return nq is None and qkv.shape[1] <= SHORT and self.width % 16 == 0
+        return nq is None and qkv.shape[1] <= LONGEST and self.width % 16 == 0
 
     def _places(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Cosines and sines `[B, L, D]`, and `[B, L, L]` who sees whom."""

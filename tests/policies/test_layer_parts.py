@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from heeler.policies import layer_parts
 from heeler.policies.attention import SHORT
 from heeler.policies.kernels import loaded
 from heeler.policies.layer_parts import CompiledParts, Parts, _are_right, kernels_of_layers
@@ -83,7 +84,7 @@ def test_gates(compute: torch.dtype, shape: tuple[int, ...]) -> None:
 
 
 @COMPUTE
-@pytest.mark.parametrize("length", [1, 2, 6, 7, 16, 17, 34, SHORT])
+@pytest.mark.parametrize("length", [1, 2, 6, 7, 16, 17, 34, SHORT, 301])
 @pytest.mark.parametrize(("heads", "groups", "width"), [(4, 2, 16), (3, 1, 64), (2, 2, 80), (9, 3, 32)])
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention(compute: torch.dtype, length: int, heads: int, groups: int, width: int, masked: bool) -> None:
@@ -142,10 +143,12 @@ def test_a_nan_comes_out(compute: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("why", ["norms of queries and keys", "a long row", "a narrow head"])
-def test_torch_takes_the_other_attention(why: str) -> None:
+def test_torch_takes_the_other_attention(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_parts, "LONGEST", SHORT)
     length, width = (SHORT + 1 if why == "a long row" else 5), (8 if why == "a narrow head" else 16)
     parts, exact = parts_of(SINGLE, length, width)
     norms = (random(width), random(width, seed=1)) if why.startswith("norms") else (None, None)
+    monkeypatch.setattr(CompiledParts, "kernels", None)  # whatever asks them fails
     qkv, do = random(2, length, 8 * width), random(2, length, 4 * width)
     given = [None if norm is None else norm.double() for norm in norms]
     near((parts.attend(qkv, 4, 2, *norms),), (exact.attend(qkv.double(), 4, 2, *given),))
