@@ -54,10 +54,7 @@ class Kernels:
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < logits.shape[1]:
             raise IndexError(f"a token is outside the vocabulary of {logits.shape[1]} tokens")
         found = torch.empty(3, len(logits), dtype=torch.float32, device="cpu")
-        self.library.softmax(
-            logits.data_ptr(), *(None if x is None else x.data_ptr() for x in (e, slope)), tokens.data_ptr(),
-            *(x.data_ptr() for x in found), *logits.shape, temperature, *ends(logits),
-        )  # fmt: skip
+        self.library.softmax(*_at(logits, e, slope, tokens, *found), *logits.shape, temperature, *ends(logits))
         return found[0], found[1], found[2]
 
     def add_norm(
@@ -131,6 +128,9 @@ class Kernels:
         dqkv: Tensor | None, heads: int, groups: int, scale: float,
     ) -> None:  # fmt: skip
         _check(qkv, *(() if do is None else (do,)))
+        _check(cos, sin)
+        if cos.dtype != torch.float32 or (seen is not None and (seen.dtype != torch.bool or not seen.is_contiguous())):
+            raise ValueError("rotations or a mask have a layout that the kernel does not read")
         count, length, width = cos.shape
         if self.library.rows(
             *_at(qkv, cos, sin, seen, said, do, dqkv), count, length, groups, heads // groups, width, scale, *ends(qkv)

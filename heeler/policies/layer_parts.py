@@ -209,8 +209,14 @@ class CompiledParts(Parts):
         return nq is None and qkv.shape[1] <= LONGEST and self.width % 16 == 0
 
     def _places(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Cosines and sines `[B, L, D]`, and `[B, L, L]` who sees whom."""
+        """Cosines and sines `[B, L, D]`, and `[B, L, L]` who sees whom: made once for all layers."""
         rows, length, _ = qkv.shape
-        cos, sin = (part.float().expand(rows, length, self.width).contiguous() for part in self.turn)
-        seen = None if self.mask is None else self.mask.expand(rows, 1, length, length)[:, 0].contiguous()
-        return cos, sin, seen
+        if rows not in self._made:
+            cos, sin = (part.float().expand(rows, length, self.width).contiguous() for part in self.turn)
+            seen = None if self.mask is None else self.mask.expand(rows, 1, length, length)[:, 0].contiguous()
+            self._made[rows] = cos, sin, seen
+        return self._made[rows]
+
+    @cached_property
+    def _made(self) -> dict[int, tuple[Tensor, Tensor, Tensor | None]]:
+        return {}

@@ -163,6 +163,8 @@ def test_what_they_do_not_take() -> None:
     assert kernels_of_layers(torch.zeros(1).half(), torch.float16) is None
     with pytest.raises(ValueError, match="layout"):
         parts_of(SINGLE, 4, 16)[0].gate(torch.zeros(2, 4, 8)[..., ::2])
+    with pytest.raises(ValueError, match="layout"):  # a mask that is added
+        parts_of(SINGLE, 4, 16, torch.zeros(2, 1, 4, 4))[0].attend(random(2, 4, 128), 4, 2, None, None)
 
 
 def test_wrong_answers_are_not_used() -> None:
