@@ -97,6 +97,7 @@ class TextConfig:
         keep_first_pass: with one minibatch, let the pass that scores the old policy be the first one of the update too
             (rollouts of up to four token budgets): a forward pass less, for the memory of their activations.
         share_prompts: read a prompt once for all its samples, in the native engine and in the trainer's forward passes.
+        record_steps: on a CUDA device, let the native engine record decoding steps and play them back (CUDA graphs).
         activation_checkpointing: layers keep only their input for the backward pass and are computed again in it: less
             memory, a forward pass more in the update.
         precision: "auto" measures; fp32 or bf16.
@@ -144,6 +145,7 @@ class TextConfig:
     old_logprobs: Literal["auto", "engine", "trainer"] = "auto"
     keep_first_pass: bool = True
     share_prompts: bool = True
+    record_steps: bool = True
     activation_checkpointing: bool = False
     precision: machine.Precision = "auto"
     device: str = "auto"
@@ -335,7 +337,8 @@ def kernels_of(policy: LanguageModelPolicy, engine: Engine) -> dict[str, Any]:
 
     `attention` is Heeler's or the name of transformers' own, `packing` whose blocks hold the weights while the engine
     samples; `layers_written_out` and `steps_written_out` say whether training and sampling run Heeler's own layers,
-    `steps_compiled` and `layers_compiled` whether what lies between their products was compiled here.
+    `steps_compiled` and `layers_compiled` whether what lies between their products was compiled here, `steps_recorded`
+    whether a GPU plays recorded steps back.
     """
     packs = isinstance(engine, BatchEngine) and engine.pack_weights
     products = torch.bfloat16 if policy.precision == "bf16" else torch.float32
@@ -347,6 +350,7 @@ def kernels_of(policy: LanguageModelPolicy, engine: Engine) -> dict[str, Any]:
         "layers_written_out": can_write_out(policy.top),
         "steps_written_out": isinstance(engine, NativeEngine) and engine.written_out,
         "steps_compiled": isinstance(engine, NativeEngine) and engine.step_compiled,
+        "steps_recorded": isinstance(engine, NativeEngine) and engine.steps_recorded,
         "layers_compiled": can_write_out(policy.top) and kernels_of_layers(states, products) is not None,
     }
 
@@ -454,6 +458,8 @@ def build_text_run(
                 options["trunk_layers"] = policy.num_trunk_layers
             if takes_engine_logprobs(config, precision) and not seq2seq and isinstance(config.critic, ValueHead):
                 options["final_states"] = config.truncation != "bootstrap"  # which wants a state more
+            if not seq2seq:
+                options["record_steps"] = config.record_steps
             engine = native_engine(policy.engine_model, **options, share_prompts=config.share_prompts)
     if precision == "bf16":
         config = replace(config, ppo=replace(config.ppo, ratio_tolerance=max(config.ppo.ratio_tolerance, 0.05)))

@@ -21,6 +21,7 @@ from heeler.policies.attention import use_fast_attention
 from heeler.policies.splitting import full_attention, layer_list
 from heeler.rollout.engines.batch import LEAVE_FRACTION, BatchEngine, Draws, by_length
 from heeler.rollout.engines.decoder import Decoder, can_decode
+from heeler.rollout.engines.graphs import Steps, recorder
 from heeler.rollout.engines.packing import packed_layers
 from heeler.rollout.engines.padded import PaddedReader, PaddedRows
 from heeler.rollout.engines.seq2seq import Seq2SeqEngine
@@ -47,20 +48,22 @@ class NativeEngine(BatchEngine):
         model: a causal LM that belongs to the engine.
         trunk_layers: keep the hidden states after this many layers; None keeps none.
         final_states: keep the final hidden state that each token was drawn from.
+        record_steps: on a CUDA device, record steps that are written out and play them back (graphs.py).
         options: of `BatchEngine`. Prompts are shared, and rows that ended are taken by waiting requests, where every
             layer attends to everything; elsewhere one batch follows the other.
     """
 
     def __init__(
-        self, model: Any, *, trunk_layers: int | None = None, final_states: bool = False, **options: Any
-    ) -> None:
+        self, model: Any, *, trunk_layers: int | None = None, final_states: bool = False, record_steps: bool = True,
+        **options: Any,
+    ) -> None:  # fmt: skip
         use_fast_attention(model)
         super().__init__(model, **options)
         self.buffered = full_attention(model.config)  # a cache of one column a token
         self.share_prompts = self.share_prompts and self.buffered
         self._captured: dict[str, Tensor] = {}
         self.decoder: Decoder | None = None  # of the call that samples
-        self.trunk_layers, self.keeps_final = trunk_layers, final_states
+        self.trunk_layers, self.keeps_final, self.record_steps = trunk_layers, final_states, record_steps
         if final_states:
             model.base_model.register_forward_hook(partial(self._capture, "final"))
         if trunk_layers is not None:
@@ -83,6 +86,11 @@ class NativeEngine(BatchEngine):
     def step_compiled(self) -> bool:
         """Whether what happens between the products is compiled."""
         return self.written_out and Decoder(self.model).compiled
+
+    @property
+    def steps_recorded(self) -> bool:
+        """Whether steps are to be played back: by what is known before the first one."""
+        return self.record_steps and self.written_out and recorder(Decoder(self.model), self.device) is not None
 
     def _capture(self, name: str, module: Any, args: Any, output: Any) -> None:
         states = output if isinstance(output, Tensor) else output[0]
@@ -111,7 +119,15 @@ class NativeEngine(BatchEngine):
         if decoder is None:
             return PaddedReader(self.model, cap, self.buffered, self._captured)
         longest = max((len(r.prompt) for r in requests), default=0)
-        return SlotReader(decoder, min(self.max_rows, len(requests)), longest, cap, self.keeps_final)
+        slots = SlotReader(decoder, min(self.max_rows, len(requests)), longest, cap, self.keeps_final)
+        record = recorder(decoder, self.device) if self.record_steps else None
+        if record is not None:
+            slots.take_step = Steps(decoder, slots.slots, record, self._record_no_more)
+        return slots
+
+    def _record_no_more(self, reason: str) -> None:
+        self.record_steps = False
+        print(f"decoding steps are not recorded as CUDA graphs any more, which is slower: {reason}")
 
     def _sample(self, reader: Any, requests: Sequence[Request], draws: Draws, kept: list[Kept]) -> None:
         """Draw all tokens of the requests."""

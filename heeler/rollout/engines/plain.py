@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -36,6 +37,20 @@ class Tokens:
         """`[P]` the last token of each prompt."""
         return (torch.tensor(self.lengths).cumsum(0) - 1).to(self.ids.device)
 
+    def hidden(self, dtype: torch.dtype) -> Tensor | None:
+        """`[N, 1, 1, longest]` of single tokens: -inf where one does not see a column, else 0; None: all see all."""
+        if self.equal:
+            return None
+        if dtype not in self._masks:  # made once for all layers
+            beyond = torch.arange(self.longest, device=self.ids.device) > self.positions[:, None]
+            mask = torch.zeros(beyond.shape, dtype=dtype, device=beyond.device).masked_fill_(beyond, -torch.inf)
+            self._masks[dtype] = mask[:, None, None]
+        return self._masks[dtype]
+
+    @cached_property
+    def _masks(self) -> dict[torch.dtype, Tensor]:
+        return {}
+
 
 class Plain:
     """The slow twin of `Kernels`: the same methods, any device and type.
@@ -59,12 +74,8 @@ class Plain:
         values[tokens.rows, :, tokens.positions] = values_own
         if tokens.lengths is None:
             count = len(spoken)
-            hidden: Tensor | None = None
-            if not tokens.equal:
-                beyond = torch.arange(tokens.longest, device=spoken.device) > tokens.positions[:, None]
-                hidden = spoken.new_zeros(beyond.shape).masked_fill_(beyond, -torch.inf)[:, None, None]
             seen_keys, seen_values = (part[:count, :, : tokens.longest] for part in (keys, values))
-            return attend(queries, seen_keys, seen_values, hidden, scale).flatten(1)
+            return attend(queries, seen_keys, seen_values, tokens.hidden(spoken.dtype), scale).flatten(1)
         attended = torch.empty_like(queries)
         for part, length in _runs(tokens.lengths):
             q, k, v = (x[part].unflatten(0, (-1, length)).transpose(1, 2) for x in (queries, own, values_own))

@@ -23,6 +23,8 @@ from heeler.rollout.engines.plain import Tokens
 if TYPE_CHECKING:
     from heeler.rollout.engines.decoder import Decoder
 
+Pass = Callable[[Tokens, "Slots"], tuple[Tensor, Tensor | None, Tensor]]  # of a decoder
+
 PASS_TOKENS = 8192  # of prompts read at once, which bounds the memory
 
 
@@ -73,6 +75,8 @@ class SlotRows:
     """Rows that are being sampled.
 
     Attributes:
+        take_step: the decoder's pass over single tokens, or what stands for it.
+        slots: with their keys and values.
         rows: `[b]` the request of each row (on the host).
         ids, positions: `[b]` the last token of each, not read yet, and its position.
         last: `[b]` the position at which each reaches the length cap; a row that goes on after its end stays there.
@@ -82,7 +86,7 @@ class SlotRows:
         final_states: whether a step gives the final states.
     """
 
-    decoder: Decoder
+    take_step: Pass
     slots: Slots
     rows: Tensor
     ids: Tensor
@@ -102,7 +106,7 @@ class SlotRows:
         """Read the last token of every row: `[b, V]` logits, and states `[b, 1, H]` by name."""
         longest = min(self.longest, self.slots.columns)
         tokens = Tokens(self.ids, self.positions, self.places, longest, equal=self.equal)
-        logits, trunk, final = self.decoder(tokens, self.slots)
+        logits, trunk, final = self.take_step(tokens, self.slots)
         states = {"trunk": trunk, "final": final if self.final_states else None}
         return logits, {name: of[:, None] for name, of in states.items() if of is not None}
 
@@ -143,11 +147,15 @@ class SlotReader:
         longest: tokens of the longest prompt of all.
         cap: tokens of the longest completion.
         final_states: whether the final states are wanted.
+
+    Attributes:
+        take_step: of the rows that it reads; the decoder's own pass unless somebody puts another one in its place.
     """
 
     def __init__(self, decoder: Decoder, rows: int, longest: int, cap: int, final_states: bool) -> None:
         self.decoder, self.cap, self.final_states = decoder, cap, final_states
         self.slots = decoder.slots(rows, longest + cap)
+        self.take_step: Pass = decoder
 
     def parts(self, prompts: Sequence[Sequence[int]]) -> list[slice]:
         """Which of these requests are read together: all, since nothing is padded."""
@@ -191,7 +199,7 @@ class SlotReader:
         all_lengths = torch.tensor(lengths)[owners]
         filled = max(lengths)
         pool = SlotRows(
-            self.decoder, slots, rows, ids=of, positions=(all_lengths - 1).to(device),
+            self.take_step, slots, rows, ids=of, positions=(all_lengths - 1).to(device),
             last=(all_lengths + self.cap - 1).to(device), places=places, longest=filled,
             equal=filled == min(lengths), final_states=self.final_states,
         )  # fmt: skip
