@@ -4,10 +4,10 @@
 
 A Llama of 1.24B random weights (hidden 2048, 16 layers, vocabulary 128,256) in bf16. Sampled: Heeler's native engine
 (its steps recorded as CUDA graphs, and not), transformers' generate, and its continuous batching, on the same prompts.
-Updated: one PPO update of all weights with a value head. Utilisation counts 6 operations a weight and token, and those
-of attention, against `--peak-tflops`, or against the rate of one large bf16 product where it is not given. Compared:
-log-probabilities on the device in bf16 and in fp32 with those of the CPU in fp32. Writes docs/benchmarks/gpu.md;
-`--tiny` tries the script on any machine.
+Updated: one PPO update of all weights with a value head, its layers fused and not. Utilisation counts 6 operations a
+weight and token, and those of attention, against `--peak-tflops`, or against the rate of one large bf16 product where
+it is not given. Compared: log-probabilities on the device in bf16 and in fp32 with those of the CPU in fp32. Writes
+docs/benchmarks/gpu.md; `--tiny` tries the script on any machine.
 """
 
 from __future__ import annotations
@@ -162,17 +162,19 @@ def sampling(plan: Plan, folder: str, device: str, precision: Precision) -> dict
     return found
 
 
-def update(plan: Plan, folder: str, device: str, precision: Precision) -> dict[str, float]:
+def update(plan: Plan, folder: str, device: str, precision: Precision, fused: bool = False) -> dict[str, float]:
     """Seconds of the stages of the second update, its trained tokens, operations, and the peak memory in GiB."""
     config = TextConfig(
         model=folder, prompts_per_update=plan.update_prompts, sampling=Sampling(max_new_tokens=plan.update_response),
         trainable=Full(), lr=1e-6, ppo=PPOConfig(token_budget=32768), precision=precision, device=device,
-        engine_rows=plan.update_prompts,
+        engine_rows=plan.update_prompts, fuse_layers=fused,
     )  # fmt: skip
     run = build_text_run(config, reward=lambda prompts, completions, **columns: [0.0] * len(prompts))
     rows = random_prompts(plan, plan.update_prompts)
     run.prompts = PromptSet(prompts=[str(row) for row in rows], tokens=rows, columns={}, name="random tokens")
     run.engine.eos_ids = run.engine.eos_ids[:0]  # pyright: ignore
+    if fused and not run.resolved()["layers_fused"]:
+        raise RuntimeError(run.notes[-1])
     seen: list[dict[str, float]] = []
     two = replace(run.config, updates=2)
     if device.startswith("cuda"):
@@ -233,7 +235,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rate = matrix_rate(given.device, 64 if given.tiny else 8192)
         peak = 1e12 * given.peak_tflops if given.peak_tflops else rate
         speeds = sampling(plan, folder, given.device, precision)
-        found = update(plan, folder, given.device, precision)
+        ways = {"torch's operations between the products": False, "fused by torch.compile": True}
+        updates = {
+            name: update(plan, folder, given.device, precision, fused)
+            for name, fused in ways.items()
+            if on_gpu or not fused
+        }
         apart = differences(plan, folder, given.device)
     native = speeds[OURS]
     name = torch.cuda.get_device_name() if on_gpu else "CPU"
@@ -258,10 +265,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "",
         f"## One PPO update: {plan.update_prompts} prompts of {plan.prompt} tokens, {plan.update_response} each",
         "",
-        f"Rollout {found['rollout']:.2f} s, scores {found['score']:.2f} s, update {found['update']:.2f} s"
-        f" ({found['tokens'] / found['update']:.0f} tokens/s). Utilisation in the update:"
-        f" {found['operations'] / found['update'] / peak:.1%} of {peak / 1e12:.3g} TFLOP/s. Peak memory:"
-        f" {found['peak']:.1f} GiB.",
+        f"The second update of a run; utilisation is that of its third stage, as a share of {peak / 1e12:.3g} TFLOP/s.",
+        "",
+        "| layers | rollout, s | scores, s | update, s | tokens/s in it | utilisation | peak memory, GiB |",
+        "|---|---|---|---|---|---|---|",
+        *(
+            f"| {name} | {of['rollout']:.2f} | {of['score']:.2f} | {of['update']:.2f} |"
+            f" {of['tokens'] / of['update']:.0f} | {of['operations'] / of['update'] / peak:.1%} | {of['peak']:.1f} |"
+            for name, of in updates.items()
+        ),
         "",
         "## Log-probabilities against fp32 on the CPU, nats a token",
         "",

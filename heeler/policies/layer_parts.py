@@ -1,20 +1,25 @@
-"""The parts of a layer between its products, forwards and backwards: by torch, and compiled.
+"""The parts of a layer between its products, forwards and backwards: by torch, compiled, and fused.
 
-llama.py has the formulas. The compiled ones are those of kernels.c; the slow twin is torch's, which takes what they do
-not: GPUs, other types, norms of queries and keys, very long rows.
+llama.py has the formulas. The compiled ones are those of kernels.c; the slow twin is torch's (layer_math.py), which
+takes what they do not: other types, norms of queries and keys, very long rows, and GPUs, where torch.compile can fuse
+it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from heeler.policies import layer_math
 from heeler.policies.attention import SHORT, short_rows
 from heeler.policies.kernels import Kernels, loaded
 from heeler.runtime.compiled import TYPES
+from heeler.runtime.fusing import call_fused, fuses_on
 
 LONGEST = 1536  # tokens of a row whose matrices the compiled attention holds whole; from 2,048 on torch's is as fast
 
@@ -41,72 +46,51 @@ class Parts:
 
     def add_norm(self, x: Tensor, added: Tensor | None, weight: Tensor) -> tuple[Tensor, Tensor]:
         """`(y, norm(y) * weight in the products' type)` of `y = x + added`."""
-        y = x if added is None else x + added
-        return y, self._norm(y, weight)[0]
+        return self._do(layer_math.add_norm, x, added, weight, self.eps, self.compute)
 
-    def norm_back(self, dn: Tensor, x: Tensor, weight: Tensor, dz: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def norm_back(
+        self, dn: Tensor, x: Tensor, weight: Tensor, dz: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """From `dn`, the gradient of `n = norm(x) * weight`, and `dz`, what reaches x besides.
 
         Returns:
             `(dx, the same in the products' type, n, the weight's gradient)`.
         """
-        n, h, r = self._norm(x, weight)
-        d = dn.to(h.dtype)
-        of_weight = d * h
-        mean = (of_weight @ weight.to(h.dtype))[..., None] / h.shape[-1]
-        dx = (d * weight).sub_(h * mean).mul_(r).add_(dz)
-        return dx, dx.to(self.compute), n, of_weight.flatten(0, -2).sum(0)
+        return self._do(layer_math.norm_back, dn, x, weight, dz, self.eps, self.compute)
 
     def gate(self, gu: Tensor) -> Tensor:
         """silu(g) * u."""
-        gate, up = gu.chunk(2, dim=-1)
-        return nn.functional.silu(gate).mul_(up)
+        return self._do(layer_math.gate, gu)
 
     def gate_back(self, da: Tensor, gu: Tensor) -> tuple[Tensor, Tensor]:
-        """`(gradient of gu, silu(g) * u)`; `da` may be lost."""
-        gate, up = gu.chunk(2, dim=-1)
-        active = nn.functional.silu(gate)
-        dgu = torch.empty_like(gu)
-        dg, du = dgu.chunk(2, dim=-1)
-        torch.mul(da, active, out=du)
-        dg.copy_(torch.ops.aten.silu_backward(da.mul_(up), gate))
-        return dgu, active.mul_(up)
+        """`(gradient of gu, silu(g) * u)`."""
+        return self._do(layer_math.gate_back, da, gu)
 
     def attend(self, qkv: Tensor, heads: int, groups: int, nq: Tensor | None, nk: Tensor | None) -> Tensor:
         """`[B, L, heads * D]` from `qkv [B, L, (heads + 2 groups) * D]`."""
-        spoken = qkv.unflatten(-1, (-1, self.width))
-        qk, v = spoken.split([heads + groups, groups], dim=2)
-        if qk.dtype != torch.float64:
-            qk = qk.float()
-        if nq is not None and nk is not None:
-            parts = zip(qk.split([heads, groups], dim=2), (nq, nk), strict=True)
-            qk = torch.cat([self._norm(x, weight)[1] * weight for x, weight in parts], dim=2)
-        cos, sin = (part[:, :, None].to(qk.dtype) for part in self.turn)
-        first, second = qk.chunk(2, dim=-1)
-        qk = torch.addcmul(qk * cos, torch.cat([-second, first], dim=-1), sin)
-        q, k = (x.transpose(1, 2) for x in qk.split([heads, groups], dim=2))
-        v, length = v.transpose(1, 2), qkv.shape[1]
-        causal = self.mask is None and length > 1
-        if length <= SHORT and qkv.device.type == "cpu":
-            attended = short_rows(q, k, v, self.mask, self.scale, causal)
-        else:
-            attended = nn.functional.scaled_dot_product_attention(
-                q.to(v.dtype), k.to(v.dtype), v, attn_mask=self.mask, is_causal=causal, scale=self.scale,
-                enable_gqa=heads != groups,
-            ).transpose(1, 2)  # fmt: skip
-        return attended.flatten(2)
+        return self._attended(*self._spoken(qkv, heads, groups, nq, nk)).flatten(2)
 
     def attend_back(
         self, do: Tensor, qkv: Tensor, heads: int, groups: int, nq: Tensor | None, nk: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """`(gradient of qkv, what `attend` gave, gradients of nq and nk)`."""
+        leaves = [t.detach().requires_grad_() for t in self._spoken(qkv, heads, groups, nq, nk)]
         with torch.enable_grad():
-            leaves = [t.detach().requires_grad_() for t in (qkv, nq, nk) if t is not None]
-            norms = leaves[1:] if nq is not None else (None, None)
-            attended = self.attend(leaves[0], heads, groups, *norms)
-        dqkv, *dnorms = torch.autograd.grad(attended, leaves, do)
-        dnq, dnk = dnorms if dnorms else (None, None)
-        return dqkv, attended.detach(), dnq, dnk
+            attended = self._attended(*leaves)
+        dq, dk, dv = torch.autograd.grad(attended, leaves, do.view(attended.shape))
+        kind = qkv.dtype
+        cos, sin = self._angles(qkv)
+        dqk = self._do(layer_math.turned_back, torch.cat([dq, dk], dim=1).transpose(1, 2), cos, sin)
+        dnq: Tensor | None = None
+        dnk: Tensor | None = None
+        if nq is not None and nk is not None:
+            q, k = qkv.unflatten(-1, (-1, self.width)).split([heads, groups, groups], dim=2)[:2]
+            dq, dk = dqk.split([heads, groups], dim=2)
+            dq, _, _, dnq = self._do(layer_math.norm_back, dq, q, nq, None, self.eps, dq.dtype)
+            dk, _, _, dnk = self._do(layer_math.norm_back, dk, k, nk, None, self.eps, dk.dtype)
+            dqk = torch.cat([dq, dk], dim=2)
+        dqkv = torch.cat([dqk.to(kind), dv.transpose(1, 2).to(kind)], dim=2).flatten(2)
+        return dqkv, attended.detach().flatten(2), dnq, dnk
 
     def joined(self, *parts: Tensor) -> Tensor:
         """The matrices behind one another, in the products' type."""
@@ -117,12 +101,56 @@ class Parts:
             place.copy_(part)
         return whole
 
-    def _norm(self, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`(h * weight, h, r)` of the states `x`: the first in the products' type, h and r in float32 at least."""
-        h = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-        r = (torch.linalg.vector_norm(h, dim=-1, keepdim=True).square() / x.shape[-1] + self.eps).rsqrt()
-        h = h * r
-        return (h * weight).to(self.compute), h, r
+    def _spoken(
+        self, qkv: Tensor, heads: int, groups: int, nq: Tensor | None, nk: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values `[B, heads or groups, L, D]`; queries and keys normalised and rotated."""
+        q, k, v = qkv.unflatten(-1, (-1, self.width)).split([heads, groups, groups], dim=2)
+        if nq is not None and nk is not None:
+            q, k = (self._do(layer_math.norm, x, weight, self.eps)[0] for x, weight in ((q, nq), (k, nk)))
+        cos, sin = self._angles(qkv)
+        kind = cos.dtype if self._is_short(qkv) else v.dtype  # short rows are read in float32 anyway
+        q, k = (self._do(layer_math.turned, x, cos, sin, kind) for x in (q, k))
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def _attended(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """`[B, L, heads, D]`."""
+        causal = self.mask is None and q.shape[2] > 1
+        if self._is_short(q.transpose(1, 2)):
+            return short_rows(q, k, v, self.mask, self.scale, causal)
+        return nn.functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=self.mask, is_causal=causal, scale=self.scale, enable_gqa=q.shape[1] != k.shape[1]
+        ).transpose(1, 2)
+
+    def _angles(self, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines `[B or 1, L, 1, D]`, in float32 at least."""
+        kind = qkv.dtype if qkv.dtype == torch.float64 else torch.float32
+        cos, sin = (part[:, :, None].to(kind) for part in self.turn)
+        return cos, sin
+
+    def _do(self, function: Callable[..., Any], *given: Any) -> Any:
+        """A function of layer_math.py, as it is."""
+        return function(*given)
+
+    @staticmethod
+    def _is_short(x: Tensor) -> bool:
+        """Whether rows `[B, L, ...]` are read by two plain products."""
+        return x.shape[1] <= SHORT and x.device.type == "cpu"
+
+
+@dataclass(frozen=True)
+class FusedParts(Parts):
+    """The same by torch.compile; where `fuses_on` holds."""
+
+    def _do(self, function: Callable[..., Any], *given: Any) -> Any:
+        return call_fused(function, *given)
+
+
+def parts_for(x: Tensor, **settings: Any) -> Parts:
+    """The parts of layers of states `x`: compiled on a CPU where that is possible, fused where somebody chose it."""
+    if kernels_of_layers(x, settings["compute"]) is not None:
+        return CompiledParts(**settings)
+    return (FusedParts if fuses_on(x.device) else Parts)(**settings)
 
 
 def kernels_of_layers(x: Tensor, compute: torch.dtype) -> Kernels | None:

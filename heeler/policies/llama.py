@@ -30,8 +30,9 @@ from torch.autograd.function import once_differentiable
 
 from heeler.policies.attention import NAME
 from heeler.policies.checkpointing import again_in_backward, is_checkpointed
-from heeler.policies.layer_parts import CompiledParts, Parts, kernels_of_layers
+from heeler.policies.layer_parts import Parts, parts_for
 from heeler.policies.splitting import full_attention
+from heeler.runtime.fusing import fuse_on
 from heeler.runtime.products import product
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
@@ -89,11 +90,10 @@ def run_layers(body: Any, x: Tensor, positions: Tensor | None, mask: Tensor | No
     device = x.device.type
     compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     first = body.layers[0]
-    settings = {
-        "compute": compute, "width": first.self_attn.head_dim, "scale": first.self_attn.scaling, "mask": mask,
-        "turn": body.rotary_emb(x, positions), "eps": first.input_layernorm.variance_epsilon,
-    }  # fmt: skip
-    parts = Parts(**settings) if kernels_of_layers(x, compute) is None else CompiledParts(**settings)
+    parts = parts_for(
+        x, compute=compute, width=first.self_attn.head_dim, scale=first.self_attn.scaling, mask=mask,
+        turn=body.rotary_emb(x, positions), eps=first.input_layernorm.variance_epsilon,
+    )  # fmt: skip
     for layer in body.layers:
         attention, mlp = layer.self_attn, layer.mlp
         qkv = (attention.q_proj, attention.k_proj, attention.v_proj)
@@ -106,6 +106,37 @@ def run_layers(body: Any, x: Tensor, positions: Tensor | None, mask: Tensor | No
         step: Any = partial(_Layer.apply, parts)
         x = again_in_backward(step, x, *weights) if is_checkpointed(layer) else step(x, *weights)
     return x if isinstance(body.norm, nn.Identity) else body.norm(x)
+
+
+def try_fused(body: Any, compute: torch.dtype) -> str:
+    """Fuse what lies between the products of a decoder stack, and see whether it says the same: "", or why it does not.
+
+    Args:
+        body: the stack, for which `can_write_out` holds, on the device where functions are to be fused.
+        compute: type of the products.
+    """
+    weight = body.layers[0].input_layernorm.weight
+    device = weight.device
+    generator = torch.Generator().manual_seed(0)
+    x, d = (torch.randn(2, 5, len(weight), generator=generator).to(device) for _ in range(2))
+    answers: list[tuple[Tensor, Tensor]] = []
+    for fused in (False, True):
+        fuse_on(device, fused)
+        try:
+            leaf = x.clone().requires_grad_()
+            with torch.autocast(device.type, dtype=compute, enabled=compute != torch.float32):
+                said = run_layers(body, leaf, None, None).float()
+            answers.append((said.detach(), torch.autograd.grad(said, leaf, d)[0]))
+        except Exception as error:  # whatever a compiler may raise: a missing one is no reason to stop
+            fuse_on(device, False)
+            first = str(error).strip().partition("\n")[0]
+            return f"{type(error).__name__}: {first}"
+    near = 1e-4 if compute == torch.float32 else 0.05
+    for plain, other in zip(*answers, strict=True):
+        if not (other - plain).norm() <= near * plain.norm():
+            fuse_on(device, False)
+            return "what was fused gives other numbers"
+    return ""
 
 
 def _pair(d: Tensor, x: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from heeler.policies.kernels import kernels_for
+from heeler.runtime.fusing import call_fused, fuses_on
 from heeler.runtime.products import product
 
 CHUNK_BYTES = 48 * 1024 * 1024  # of a chunk's logits, in the type of the products
@@ -136,6 +137,15 @@ def _softmax_rows(
     kernels = kernels_for(logits)
     if kernels is not None:
         return kernels.softmax(logits, tokens, temperature, e, slope)
+    if fuses_on(logits.device):
+        logprob, h, sums, weights, slopes = call_fused(
+            _softmax, logits, tokens[:, None], temperature, e is not None, slope is not None
+        )
+        if e is not None:
+            e.copy_(weights)
+        if slope is not None:
+            slope.copy_(slopes)
+        return logprob, h, sums
     found = logits.new_empty(3, len(logits), dtype=torch.float32)
     for part, z in _blocks(logits, temperature):
         chosen = tokens[part, None]
@@ -153,6 +163,22 @@ def _softmax_rows(
             e[part] = weights.scatter_(1, chosen, 0.0)
         found[:, part] = torch.cat([logprob, h, sums], 1).t()
     return found[0], found[1], found[2]
+
+
+def _softmax(
+    logits: Tensor, chosen: Tensor, temperature: float, with_weights: bool, with_slope: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """`_softmax_rows` in one go, for torch.compile, of `chosen [c, 1]`: `(log p, H, sums, weights, slope)`."""
+    z = logits.float() / temperature
+    top = z.amax(-1, keepdim=True)
+    weights = (z - top).exp()
+    sums = weights.sum(-1, keepdim=True)
+    lse = top + sums.log()
+    h = lse - (z * weights).sum(-1, keepdim=True) / sums
+    slope = ((lse - h - z) * weights).to(logits.dtype) if with_slope else None
+    own = torch.arange(z.shape[1], device=z.device) == chosen
+    kept = weights.masked_fill(own, 0.0).to(logits.dtype) if with_weights else None
+    return (z.gather(1, chosen) - lse)[:, 0], h[:, 0], sums[:, 0], kept, slope
 
 
 def _from_probabilities(
@@ -246,8 +272,8 @@ def logprobs_alone(
     kernels = kernels_for(hidden)
     for rows in _chunks(len(logprobs), _chunk_of(hidden, weight, chunk)):
         logits = _logits(hidden[rows], matrix, bias)
-        if kernels is not None:
-            logprobs[rows] = kernels.softmax(logits, tokens[rows], temperature, None)[0]
+        if kernels is not None or fuses_on(logits.device):
+            logprobs[rows] = _softmax_rows(logits, tokens[rows], temperature, None)[0]
             continue
         for part, z in _blocks(logits, temperature):
             at = slice(rows.start + part.start, rows.start + part.stop)

@@ -19,7 +19,7 @@ from heeler.data.prompts import PromptSet, load_prompts
 from heeler.policies import loading
 from heeler.policies.language_model import Critic, Full, LanguageModelPolicy, LoRA, TopLayers, Trainable, ValueHead
 from heeler.policies.layer_parts import kernels_of_layers
-from heeler.policies.llama import can_write_out
+from heeler.policies.llama import can_write_out, try_fused
 from heeler.policies.seq2seq import Seq2SeqPolicy
 from heeler.policies.token_masks import AllTokens, TokenMask, token_bias
 from heeler.ppo.advantages import AdvantageConfig
@@ -40,6 +40,7 @@ from heeler.rollout.engines.vllm import VLLMEngine
 from heeler.rollout.text import TextCollector, sample_rollout, samples_of
 from heeler.runtime import machine
 from heeler.runtime.configs import from_json
+from heeler.runtime.fusing import fuse_on, fuses_on
 from heeler.runtime.passes import PassBudget, pass_budget
 from heeler.runtime.products import library_for
 from heeler.runtime.progress import progress
@@ -98,6 +99,8 @@ class TextConfig:
             (rollouts of up to four token budgets): a forward pass less, for the memory of their activations.
         share_prompts: read a prompt once for all its samples, in the native engine and in the trainer's forward passes.
         record_steps: on a CUDA device, let the native engine record decoding steps and play them back (CUDA graphs).
+        fuse_layers: on a GPU, let torch.compile fuse what lies between the matrix products of training and scoring; it
+            costs seconds at the start, and has not been timed yet.
         activation_checkpointing: layers keep only their input for the backward pass and are computed again in it: less
             memory, a forward pass more in the update.
         precision: "auto" measures; fp32 or bf16.
@@ -146,6 +149,7 @@ class TextConfig:
     keep_first_pass: bool = True
     share_prompts: bool = True
     record_steps: bool = True
+    fuse_layers: bool = False
     activation_checkpointing: bool = False
     precision: machine.Precision = "auto"
     device: str = "auto"
@@ -338,7 +342,7 @@ def kernels_of(policy: LanguageModelPolicy, engine: Engine) -> dict[str, Any]:
     `attention` is Heeler's or the name of transformers' own, `packing` whose blocks hold the weights while the engine
     samples; `layers_written_out` and `steps_written_out` say whether training and sampling run Heeler's own layers,
     `steps_compiled` and `layers_compiled` whether what lies between their products was compiled here, `steps_recorded`
-    whether a GPU plays recorded steps back.
+    whether a GPU plays recorded steps back, `layers_fused` whether torch.compile fuses what lies between the products.
     """
     packs = isinstance(engine, BatchEngine) and engine.pack_weights
     products = torch.bfloat16 if policy.precision == "bf16" else torch.float32
@@ -352,7 +356,23 @@ def kernels_of(policy: LanguageModelPolicy, engine: Engine) -> dict[str, Any]:
         "steps_compiled": isinstance(engine, NativeEngine) and engine.step_compiled,
         "steps_recorded": isinstance(engine, NativeEngine) and engine.steps_recorded,
         "layers_compiled": can_write_out(policy.top) and kernels_of_layers(states, products) is not None,
+        "layers_fused": can_write_out(policy.top) and fuses_on(policy.device),
     }
+
+
+def _fuse(wanted: bool, policy: LanguageModelPolicy) -> list[str]:
+    """Let torch.compile fuse what lies between products where that is wanted; why it does not."""
+    fuse_on(policy.device, False)  # of an earlier run in this process
+    if not wanted:
+        return []
+    if policy.device.type == "cpu":
+        raise HeelerError(
+            "--fuse-layers is for GPUs: on a CPU what lies between matrix products is compiled already; leave it off"
+        )
+    if not can_write_out(policy.top):
+        return ["--fuse-layers changes nothing here: this model's layers run by transformers"]
+    reason = try_fused(policy.top, torch.bfloat16 if policy.precision == "bf16" else torch.float32)
+    return [f"what lies between matrix products is not fused, which is slower: {reason}"] if reason else []
 
 
 def build_text_run(
@@ -436,6 +456,7 @@ def build_text_run(
         share_prompts=config.share_prompts,
         device=device,
     )
+    unfused = _fuse(config.fuse_layers, policy)
     if config.activation_checkpointing:
         policy.checkpoint_activations()
     keep_states = config.reuse_trunk_states and policy.trunk is not None and config.truncation != "bootstrap"
@@ -485,6 +506,7 @@ def build_text_run(
         f"training {trained / 1e6:.1f}M of {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M weights"
         f" ({_describe(config.trainable)}), ends of sequence {eos_ids or 'none'}",
         *policy.notes,
+        *unfused,
     ]
     if isinstance(engine, NativeEngine) and device == "cpu" and not engine.written_out:
         notes.append(

@@ -16,6 +16,7 @@ def test_the_whole_script_on_a_tiny_model(tmp_path: Path) -> None:
     text = out.read_text()
     assert "trial" in text and re.search(r"\| Heeler, native \| \d+ \| 1\.0 \|", text)
     assert re.search(r"\| transformers' generate \| \d+ \| [\d.]+ \|", text)
+    assert re.search(r"\| torch's operations between the products \| [\d.]+ \|", text) and "fused by" not in text
     same = re.search(r"\| fp32 \| (\S+) \| (\S+) \|", text)
     rough = re.search(r"\| bf16 \| (\S+) \| (\S+) \|", text)
     assert same and rough and float(same[2]) < 1e-4 < float(rough[2]) < 1

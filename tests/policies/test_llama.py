@@ -113,7 +113,7 @@ def test_short_rows_from_hidden_states(
     kind: str, shared: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not compiled:
-        monkeypatch.setattr("heeler.policies.llama.kernels_of_layers", lambda x, compute: None)
+        monkeypatch.setattr("heeler.policies.layer_parts.kernels_of_layers", lambda x, compute: None)
     body = body_of(kind, num_attention_heads=2, num_key_value_heads=1)  # 16 wide
     x = torch.randn(3, 12, 32, generator=torch.Generator().manual_seed(2))
     mask, positions = shared_rows(3, 12) if shared else (None, None)
