@@ -44,6 +44,7 @@ class System:
         name: what the table calls it.
         updates: in one process, the warm-up included.
         rows: (TRL) sequences in one forward and backward pass; 0 for Heeler.
+        bf16: (TRL) train under autocast to bf16; Heeler chooses for itself.
         full: (Heeler) train all weights; else the top layers.
         separate_critic: (Heeler) a critic model of its own; else the value head.
         reward_model: (Heeler) score with a classifier of the policy's size; else with a function.
@@ -54,6 +55,7 @@ class System:
     name: str
     updates: int = WARM_UP + 3
     rows: int = 0
+    bf16: bool = False
     full: bool = True
     separate_critic: bool = False
     reward_model: bool = False
@@ -71,10 +73,10 @@ HEELER = (
 )  # fmt: skip
 
 
-def trl_system(rows: int, timed: int) -> System:
+def trl_system(rows: int, timed: int, bf16: bool) -> System:
     passes = f"{PROMPTS // rows} passes of {rows} rows" if rows < PROMPTS else "one pass"
     name = f"TRL {TRL}, all weights, critic and reward models of 135M, {passes}"
-    return System(f"a{rows}", name, updates=WARM_UP + timed, rows=rows)
+    return System(f"a{rows}{'bf16' * bf16}", name, updates=WARM_UP + timed, rows=rows, bf16=bf16)
 
 
 def operations(system: System, prompt_tokens: int, tokens: float, top_layers: int) -> float:
@@ -103,7 +105,7 @@ def prepare(job: dict[str, Any], folder: Path) -> dict[str, Any]:
     from heeler.runtime.machine import choose_precision
 
     torch.set_num_threads(job["threads"])
-    precision, _ = choose_precision("auto", "cpu")  # Heeler's; TRL runs in fp32
+    precision, _ = choose_precision("auto", "cpu")  # Heeler's
     rate, _ = machine(precision)
     from heeler.data.reviews import review_openings
     from heeler.policies.loading import load_classifier, load_tokenizer
@@ -310,7 +312,7 @@ def report(
     first = measured[-1][1][0]
     counts = ", ".join(
         f"({system.key[0]}) {len(timed(results, 'seconds'))}"
-        + (f" with {system.rows} rows a pass" if system.rows else "")
+        + (f" with {system.rows} rows a pass{' in bf16' * system.bf16}" if system.rows else "")
         for system, results in measured
     )
     rounds = "in one round" if arguments.rounds == 1 else f"in {arguments.rounds} rounds"
@@ -368,10 +370,10 @@ def report(
 
 
 _ABOUT_TRL = (
-    "TRL: `trl.experimental.ppo.PPOTrainer`, fp32, with a frozen reference, a critic and a reward model"
+    "TRL: `trl.experimental.ppo.PPOTrainer`, with a frozen reference, a critic and a reward model"
     " (`AutoModelForSequenceClassification`, one label) from the same folder; no gradient checkpointing, no sample"
-    " tables, no saving, no missing-EOS penalty. Of the numbers of rows in a pass, each ran in the first round and"
-    " the fastest went on; the ratios compare with that one."
+    " tables, no saving, no missing-EOS penalty. Of its precisions (`bf16=True` is autocast over weights in fp32) and"
+    " numbers of rows in a pass, each ran in the first round and the fastest went on; the ratios compare with that one."
 )
 
 
@@ -387,7 +389,8 @@ def measure(arguments: argparse.Namespace) -> str:
             "response_tokens": RESPONSE_TOKENS, "lr": LR, "kl_coef": KL_COEF, "threads": arguments.threads,
             "top_layers": 1 if arguments.tiny else 6,
         }  # fmt: skip
-        peers = [] if arguments.skip_trl else [trl_system(rows, arguments.trl_timed) for rows in arguments.trl_rows]
+        settings = [(rows, bf16) for rows in arguments.trl_rows for bf16 in (False, True)]
+        peers = [] if arguments.skip_trl else [trl_system(rows, arguments.trl_timed, bf16) for rows, bf16 in settings]
         results: dict[str, list[dict[str, Any]]] = {system.key: [] for system in (*peers, *HEELER)}
 
         def fastest() -> System:
@@ -409,7 +412,7 @@ def measure(arguments: argparse.Namespace) -> str:
                     continue
                 results[system.key].append(result)
                 seconds = ", ".join(f"{s:.2f}" for s in result["seconds"])
-                print(f"round {number + 1}, ({system.key[0]}) {system.name}: {seconds} s", flush=True)
+                print(f"round {number + 1}, ({system.key}) {system.name}: {seconds} s", flush=True)
     totals = {result["prompt_tokens"] for each in results.values() for result in each}
     if len(totals) != 1:
         raise SystemExit(f"the systems read different prompts: {sorted(totals)} tokens")
