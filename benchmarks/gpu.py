@@ -13,6 +13,7 @@ docs/benchmarks/gpu.md; `--tiny` tries the script on any machine.
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 import tempfile
 import time
@@ -33,10 +34,11 @@ from heeler.policies.language_model import LanguageModelPolicy, ValueHead  # noq
 from heeler.policies.loading import load_causal_lm  # noqa: E402
 from heeler.rollout.engines.native import NativeEngine  # noqa: E402
 from heeler.rollout.text import pack  # noqa: E402
+from heeler.runtime.fusing import fuse_on  # noqa: E402
 from heeler.runtime.reduce import LocalReduce  # noqa: E402
 from heeler.train.ppo import train_loop  # noqa: E402
 from heeler.train.text import build_text_run  # noqa: E402
-from heeler.types import Completion, Request  # noqa: E402
+from heeler.types import Completion, HeelerError, Request  # noqa: E402
 
 OURS = "Heeler, native"
 Precision = Literal["fp32", "bf16"]
@@ -174,7 +176,7 @@ def update(plan: Plan, folder: str, device: str, precision: Precision, fused: bo
     run.prompts = PromptSet(prompts=[str(row) for row in rows], tokens=rows, columns={}, name="random tokens")
     run.engine.eos_ids = run.engine.eos_ids[:0]  # pyright: ignore
     if fused and not run.resolved()["layers_fused"]:
-        raise RuntimeError(run.notes[-1])
+        raise HeelerError(run.notes[-1])
     seen: list[dict[str, float]] = []
     two = replace(run.config, updates=2)
     if device.startswith("cuda"):
@@ -197,6 +199,7 @@ def update(plan: Plan, folder: str, device: str, precision: Precision, fused: bo
 
 def differences(plan: Plan, folder: str, device: str) -> dict[str, tuple[float, float]]:
     """Mean and largest difference, in nats a token, of log-probabilities from those of the CPU in fp32."""
+    fuse_on(torch.device(device), False)
     prompts = random_prompts(plan, plan.compared)
     generator = torch.Generator().manual_seed(2)
     drawn = torch.randint(1, plan.model["vocab_size"], (plan.compared, 32), generator=generator)
@@ -236,11 +239,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         peak = 1e12 * given.peak_tflops if given.peak_tflops else rate
         speeds = sampling(plan, folder, given.device, precision)
         ways = {"torch's operations between the products": False, "fused by torch.compile": True}
-        updates = {
-            name: update(plan, folder, given.device, precision, fused)
-            for name, fused in ways.items()
-            if on_gpu or not fused
-        }
+        updates: dict[str, dict[str, float]] = {}
+        failures: list[str] = []
+        for name, fused in ways.items():
+            gc.collect()  # what the run before left is not in this one's peak
+            try:
+                if on_gpu or not fused:
+                    updates[name] = update(plan, folder, given.device, precision, fused)
+            except HeelerError as error:
+                failures.append(f"{name}: {error}.")
         apart = differences(plan, folder, given.device)
     native = speeds[OURS]
     name = torch.cuda.get_device_name() if on_gpu else "CPU"
@@ -274,6 +281,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f" {of['tokens'] / of['update']:.0f} | {of['operations'] / of['update'] / peak:.1%} | {of['peak']:.1f} |"
             for name, of in updates.items()
         ),
+        *(["", *failures] if failures else []),
         "",
         "## Log-probabilities against fp32 on the CPU, nats a token",
         "",

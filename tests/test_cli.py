@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -274,13 +276,40 @@ def distance(a: Any, b: Any) -> float:
     return sum(float((x - y).square().sum()) for x, y in zip(a.parameters(), b.parameters(), strict=True)) ** 0.5
 
 
+VERBS = ["ppo", "ppo lm", "ppo gym", "ppo dialogue", "ppo imdb", "ppo qa", "ppo arithmetic", "ppo translate",
+         "ppo calculator", "ppo lunarlander", "ppo lm trainable:lora", "ppo lm trainable:top-layers",
+         "ppo lm critic:separate-critic", "ppo lm kl:adaptive-kl", "ppo lm tokens:only-tokens",
+         "ppo gym network:custom", "ppo gym network:mlp", "ppo gym network:nature-cnn",
+         "ppo gym exploration:state-dependent",
+         "ppo gym env.backend:atari", "ppo gym env.backend:env-pool",
+         "rlhf imdb", "rlhf lm", "sft", "reward", "reward imdb", "serve-reward", "resume", "eval", "sample",
+         "export"]  # fmt: skip
+
+
+ROOT = Path(__file__).parent.parent
+FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*(?:\.[a-z0-9-]+)*(?![a-z0-9-]|\.`)")
+PAGES = ("settings", "from_trl", "rlhf", "rewards", "data", "engines", "dialogue", "translation", "control")
+OF_OTHERS = {"--help", "--version", "--no-deps", "--env-kwargs"}  # the last one is read before the others
+
+
 def test_help_of_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
-    for words in (["ppo", "--help"], ["ppo", "lm", "--help"], ["ppo", "imdb", "--help"], ["reward", "imdb", "--help"],
-                  ["ppo", "qa", "--help"], ["ppo", "arithmetic", "--help"], ["ppo", "translate", "--help"],
-                  ["ppo", "calculator", "--help"], ["rlhf", "imdb", "--help"], ["rlhf", "lm", "--help"],
-                  ["resume", "--help"], ["eval", "--help"], ["sample", "--help"]):  # fmt: skip
+    """It comes, and says of every flag what it is for; the pages name flags that there are."""
+    flags: set[str] = set()
+    for words in VERBS:
         with pytest.raises(SystemExit) as stop:
-            main(words)
+            main([*words.split(), "--help"])
         assert stop.value.code == 0
-        assert "heeler" in capsys.readouterr().out
+        text = re.sub("\x1b\\[[0-9;]*m", "", capsys.readouterr().out)
+        assert "heeler" in text
+        lines = [line.strip("│ ") for line in text.splitlines()]
+        bare = [
+            flag
+            for flag, after in itertools.pairwise(lines)
+            if flag.startswith("--") and "  " not in flag and after.startswith(("(default", "(required"))
+        ]
+        assert not bare, f"heeler {words} --help says nothing of {bare}"
+        flags |= set(FLAG.findall(text))
+    for page in [ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in PAGES)]:
+        named = set(FLAG.findall(page.read_text(encoding="utf-8")))
+        assert sorted(named - flags - OF_OTHERS) == [], page.name
     assert main(["--version"]) == 0 and "heeler 0." in capsys.readouterr().out

@@ -57,6 +57,24 @@ def test_every_formula_that_is_computed_is_followed_by_its_function() -> None:
         assert [name for of, _ in links(line) for name in of] == names
 
 
+def anchors(page: str) -> set[str]:
+    """Of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ +(.+)$", re.sub(r"^```.*?^```", "", page, flags=re.MULTILINE | re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]), ids=lambda page: page.name)
+def test_links_to_this_repository_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^()\s]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        name, _, anchor = target.partition("#")
+        file = (page.parent / name).resolve() if name else page
+        assert file.exists(), target
+        if anchor and file.suffix == ".md":
+            assert anchor in anchors(file.read_text(encoding="utf-8")), target
+
+
 def details_rows() -> list[tuple[str, list[str]]]:
     """Section and cells of each row of docs/details.md."""
     rows: list[tuple[str, list[str]]] = []

@@ -36,14 +36,22 @@ Autoreset = Literal["same-step", "next-step"]
 
 @dataclass(frozen=True, kw_only=True)
 class Sync:
-    """Gymnasium's SyncVectorEnv: one after the other in this process. Fastest for cheap environments."""
+    """Gymnasium's SyncVectorEnv: one after the other in this process. Fastest for cheap environments.
+
+    Attributes:
+        autoreset: whether the step that ends an episode resets it too, or the next one does.
+    """
 
     autoreset: Autoreset = "same-step"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Async:
-    """Gymnasium's AsyncVectorEnv: a process for each environment. For slow environments and many cores."""
+    """Gymnasium's AsyncVectorEnv: a process for each environment. For slow environments and many cores.
+
+    Attributes:
+        autoreset: whether the step that ends an episode resets it too, or the next one does.
+    """
 
     autoreset: Autoreset = "same-step"
 

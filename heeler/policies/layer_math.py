@@ -24,6 +24,11 @@ def norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]
     return h * weight, h, r
 
 
+def scaled(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """norm(x) * weight, in float32 at least."""
+    return norm(x, weight, eps)[0]
+
+
 def add_norm(
     x: Tensor, added: Tensor | None, weight: Tensor, eps: float, compute: torch.dtype
 ) -> tuple[Tensor, Tensor]:

@@ -107,7 +107,7 @@ class Parts:
         """Queries, keys and values `[B, heads or groups, L, D]`; queries and keys normalised and rotated."""
         q, k, v = qkv.unflatten(-1, (-1, self.width)).split([heads, groups, groups], dim=2)
         if nq is not None and nk is not None:
-            q, k = (self._do(layer_math.norm, x, weight, self.eps)[0] for x, weight in ((q, nq), (k, nk)))
+            q, k = (self._do(layer_math.scaled, x, weight, self.eps) for x, weight in ((q, nq), (k, nk)))
         cos, sin = self._angles(qkv)
         kind = cos.dtype if self._is_short(qkv) else v.dtype  # short rows are read in float32 anyway
         q, k = (self._do(layer_math.turned, x, cos, sin, kind) for x in (q, k))

@@ -31,6 +31,7 @@ from torch.autograd.function import once_differentiable
 from heeler.policies.attention import NAME
 from heeler.policies.checkpointing import again_in_backward, is_checkpointed
 from heeler.policies.layer_parts import Parts, parts_for
+from heeler.policies.logprobs import logprobs_alone, token_logprobs
 from heeler.policies.splitting import full_attention
 from heeler.runtime.fusing import fuse_on
 from heeler.runtime.products import product
@@ -108,25 +109,26 @@ def run_layers(body: Any, x: Tensor, positions: Tensor | None, mask: Tensor | No
     return x if isinstance(body.norm, nn.Identity) else body.norm(x)
 
 
-def try_fused(body: Any, compute: torch.dtype) -> str:
-    """Fuse what lies between the products of a decoder stack, and see whether it says the same: "", or why it does not.
+def try_fused(body: Any, head: Tensor, compute: torch.dtype, tokens: int) -> str:
+    """Fuse what lies between the products of a model, and see whether it says the same: "", or why it is not fused.
 
     Args:
-        body: the stack, for which `can_write_out` holds, on the device where functions are to be fused.
+        body: the decoder stack, for which `can_write_out` holds, on the device where functions are to be fused.
+        head: `[V, H]` of the output layer.
         compute: type of the products.
+        tokens: of a pass: what is tried is as large, since torch's compiler fits its kernels to the first one it sees.
     """
-    weight = body.layers[0].input_layernorm.weight
-    device = weight.device
-    generator = torch.Generator().manual_seed(0)
-    x, d = (torch.randn(2, 5, len(weight), generator=generator).to(device) for _ in range(2))
-    answers: list[tuple[Tensor, Tensor]] = []
+    device = head.device
+    length = max(min(128, tokens // 2), 2)
+    answers: list[list[Tensor]] = []
     for fused in (False, True):
         fuse_on(device, fused)
         try:
-            leaf = x.clone().requires_grad_()
             with torch.autocast(device.type, dtype=compute, enabled=compute != torch.float32):
-                said = run_layers(body, leaf, None, None).float()
-            answers.append((said.detach(), torch.autograd.grad(said, leaf, d)[0]))
+                answers.append([
+                    *_answers(body, head, max(tokens // length, 2), length, None),
+                    *_answers(body, head, 1, length + 1, torch.arange(length + 1, device=device)[None]),
+                ])  # fmt: skip
         except Exception as error:  # whatever a compiler may raise: a missing one is no reason to stop
             fuse_on(device, False)
             first = str(error).strip().partition("\n")[0]
@@ -137,6 +139,24 @@ def try_fused(body: Any, compute: torch.dtype) -> str:
             fuse_on(device, False)
             return "what was fused gives other numbers"
     return ""
+
+
+def _answers(body: Any, head: Tensor, rows: int, length: int, positions: Tensor | None) -> list[Tensor]:
+    """What a model says of random states `[rows, length, H]`, and gradients of states and norms; all in float32."""
+    generator = torch.Generator().manual_seed(rows)
+    shape = rows, length, head.shape[1]
+    x, d = (torch.randn(shape, generator=generator).to(head.device) for _ in range(2))
+    norms = [w for layer in body.layers for w in (layer.input_layernorm.weight,) if w.requires_grad]
+    x.requires_grad_()
+    said = run_layers(body, x, positions, None)
+    hidden = said.detach()[:, -1].float().requires_grad_()
+    drawn = torch.arange(rows, device=head.device) % len(head)
+    logprobs, entropy = token_logprobs(hidden, head.detach(), drawn, entropy_gradient=True)
+    trained, _ = token_logprobs(hidden, head.detach().requires_grad_(), drawn)
+    alone = logprobs_alone(hidden.detach(), head.detach(), drawn)
+    of_said = torch.autograd.grad((said.float() * d).sum(), [x, *norms])
+    of_logprobs = torch.autograd.grad((logprobs + entropy + trained).sum(), hidden)
+    return [t.detach().float() for t in (said, logprobs, entropy, alone, *of_said, *of_logprobs)]
 
 
 def _pair(d: Tensor, x: Tensor) -> Tensor:

@@ -41,7 +41,8 @@ class PPOConfig:
         minibatches: optimiser steps an epoch.
         shuffle: what is shuffled into minibatches: single sequences (or steps), or prompts with their samples, which
             then share the prompt's tokens. Only a prompt at the edge of a minibatch is split.
-        clip_range: eps of the clipped surrogate; `clip_range_high`, where given, is the upper one.
+        clip_range: eps of the clipped surrogate.
+        clip_range_high: the upper eps; the same where None.
         value_clip: range of the value clip; None for the plain squared error.
         value_coef: weight of the value loss.
         entropy_coef: weight of the entropy bonus.
@@ -51,8 +52,7 @@ class PPOConfig:
         loss_denominator: None divides by the global sum of weights (the token mean, or the sequence mean, as the
             weights say); a number divides by it (Dr. GRPO).
         token_budget: padded tokens (or steps) in one forward and backward pass, which bounds the memory; a last pass
-            may be a quarter larger, in place of a small one more. None takes 1,536 on a CPU, where larger passes gain
-            no speed, and 8,192 elsewhere.
+            may be a quarter larger, in place of a small one more. None takes 1,536 on a CPU, and 8,192 elsewhere.
         ratio_tolerance: how far the mean |ratio - 1| of the very first minibatch may lie from 0.
     """
 

@@ -63,7 +63,8 @@ class Translate:
         prompts_per_update: sources in each.
         samples_per_prompt: translations of each source.
         max_new_tokens: the longest translation.
-        lr, critic_lr: of PPO.
+        lr: of PPO's policy.
+        critic_lr: of its critic.
         kl_coef: of the penalty to the fine-tuned model.
         test_pairs: held-out pairs of the figures, at most; a file of your own counts whole.
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -38,4 +39,8 @@ def call_fused(function: Callable[..., Any], *given: Any) -> Any:
 
 @lru_cache(maxsize=64)
 def _fused(function: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(function)
+    return torch.compile(function, **_LIMIT)
+
+
+# kinds of numbers, single rows, single tokens: more than the 8 that torch allows a function before it gives up on it
+_LIMIT: dict[str, Any] = {"recompile_limit": 64} if "recompile_limit" in signature(torch.compile).parameters else {}

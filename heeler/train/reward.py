@@ -58,7 +58,8 @@ class RewardConfig:
         tokens: real tokens to train on; the learning rate falls to 0 over them. As many as `epochs` need where 0.
         epochs: passes over the data, where `tokens` is 0.
         batch_size: texts, or pairs, an optimiser step.
-        lr, head_lr: peak learning rates of the encoder and of the fresh head.
+        lr: peak learning rate of the encoder.
+        head_lr: peak learning rate of the fresh head.
         warmup: optimiser steps of linear warm-up.
         frozen_layers: layers at the bottom that stay as they are, with the embeddings.
         lengths: crop lengths in tokens, for labelled texts; each batch draws one. Texts are read whole where empty.

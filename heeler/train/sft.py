@@ -68,7 +68,8 @@ class SFTConfig:
         lr_schedule: its course; warm-up counts updates.
         optimizer: AdamW with its moments in 32 bits, or in 8 (adamw8bit, by bitsandbytes): 6 bytes less for a trained
             weight outside embeddings and small tensors.
-        adam_betas, weight_decay: of AdamW.
+        adam_betas: of AdamW.
+        weight_decay: of AdamW.
         max_grad_norm: gradients are scaled down to it.
         token_budget: tokens of one forward pass, padding included; None takes 1,536 on a CPU, where larger passes gain
             no speed, and 8,192 elsewhere. With `pack` it is the width of a row too, and None takes 4,096.

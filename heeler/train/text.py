@@ -79,10 +79,13 @@ class TextConfig:
         shaping: scaling, clipping and whitening of the scores.
         tokens: which tokens may be sampled.
         loss_weighting: every token counts the same, or every sequence.
-        lr, critic_lr: peak learning rates of AdamW.
+        lr: peak learning rate of the policy's weights: 1e-4 suits top layers and LoRA, all weights want less
+            (docs/settings.md).
+        critic_lr: peak learning rate of the critic's weights; a fresh value head takes ten times the policy's.
         critic_warmup: updates at the beginning that train the critic only.
         lr_schedule: their course over the run.
-        clip_schedule, entropy_schedule: factors on clip range and entropy coefficient over the run.
+        clip_schedule: factor on the clip range over the run.
+        entropy_schedule: factor on the entropy coefficient over the run.
         optimizer: AdamW with its moments in 32 bits, or in 8 (adamw8bit, by bitsandbytes): 6 bytes less for a trained
             weight outside embeddings and small tensors.
         adam_betas: of AdamW.
@@ -336,6 +339,9 @@ class TextRun(Run):
         return list(rollout.completions)
 
 
+PRODUCTS = {"bf16": torch.bfloat16, "fp32": torch.float32}  # the type of the products
+
+
 def kernels_of(policy: LanguageModelPolicy, engine: Engine) -> dict[str, Any]:
     """Which ways through the model were chosen, for config.json.
 
@@ -345,7 +351,7 @@ def kernels_of(policy: LanguageModelPolicy, engine: Engine) -> dict[str, Any]:
     whether a GPU plays recorded steps back, `layers_fused` whether torch.compile fuses what lies between the products.
     """
     packs = isinstance(engine, BatchEngine) and engine.pack_weights
-    products = torch.bfloat16 if policy.precision == "bf16" else torch.float32
+    products = PRODUCTS[policy.precision]
     states = torch.zeros(1, device=policy.device)
     library = library_for(policy.engine_model.get_output_embeddings().weight) if packs else None
     return {
@@ -360,18 +366,17 @@ def kernels_of(policy: LanguageModelPolicy, engine: Engine) -> dict[str, Any]:
     }
 
 
-def _fuse(wanted: bool, policy: LanguageModelPolicy) -> list[str]:
+def _fuse(wanted: bool, policy: LanguageModelPolicy, tokens: int | None) -> list[str]:
     """Let torch.compile fuse what lies between products where that is wanted; why it does not."""
     fuse_on(policy.device, False)  # of an earlier run in this process
     if not wanted:
         return []
-    if policy.device.type == "cpu":
-        raise HeelerError(
-            "--fuse-layers is for GPUs: on a CPU what lies between matrix products is compiled already; leave it off"
-        )
+    if policy.device.type == "cpu":  # perhaps a run that was made on a GPU
+        return ["--fuse-layers changes nothing on a CPU, where what lies between matrix products is compiled already"]
     if not can_write_out(policy.top):
         return ["--fuse-layers changes nothing here: this model's layers run by transformers"]
-    reason = try_fused(policy.top, torch.bfloat16 if policy.precision == "bf16" else torch.float32)
+    head, products = policy.model.get_output_embeddings().weight, PRODUCTS[policy.precision]
+    reason = try_fused(policy.top, head, products, pass_budget(tokens, policy.device))
     return [f"what lies between matrix products is not fused, which is slower: {reason}"] if reason else []
 
 
@@ -456,7 +461,7 @@ def build_text_run(
         share_prompts=config.share_prompts,
         device=device,
     )
-    unfused = _fuse(config.fuse_layers, policy)
+    unfused = _fuse(config.fuse_layers, policy, config.ppo.token_budget)
     if config.activation_checkpointing:
         policy.checkpoint_activations()
     keep_states = config.reuse_trunk_states and policy.trunk is not None and config.truncation != "bootstrap"

@@ -90,7 +90,10 @@ def test_new_weights_are_played(tiny_llama: str, monkeypatch: pytest.MonkeyPatch
 def fails(recorder: Any) -> Any:
     def record(step: Any) -> Any:
         step()
-        raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+        try:
+            raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
+        finally:
+            raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
 
     return record
 
@@ -119,6 +122,30 @@ def test_where_recording_does_not_work_steps_run_as_they_are(
     same(wanted, again)
     said = f"decoding steps are not recorded as CUDA graphs any more, which is slower: {reason}\n"
     assert capsys.readouterr().out == said and not engine.steps_recorded  # once, not in every update
+
+
+def test_a_full_memory_is_not_the_end_of_recording(
+    tiny_llama: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, wanted = sampled(tiny_llama, "cpu")
+    full = [True]
+
+    def once(recorder: Any) -> Any:
+        def record(step: Any) -> Any:
+            if full:
+                full.pop()
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return recorder(step)
+
+        return record
+
+    with recording(monkeypatch, once) as recorder:
+        engine, found = sampled(tiny_llama, "pretend:0")
+        assert recorder.made == 0 and engine.steps_recorded
+        again = engine.generate(REQUESTS, SAMPLING)
+    same(wanted, found)
+    same(wanted, again)
+    assert recorder.made > 0 and capsys.readouterr().out == ""
 
 
 def test_it_can_be_turned_off(tiny_llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,8 +206,10 @@ def test_how_a_gpu_records(monkeypatch: pytest.MonkeyPatch) -> None:
     @contextmanager
     def on(stream: Any) -> Iterator[None]:
         current.append(stream)
-        yield
-        current.pop()
+        try:
+            yield
+        finally:
+            current.pop()
 
     @contextmanager
     def graph(graph: Any, *, pool: Any, stream: Any, capture_error_mode: str) -> Iterator[None]:
@@ -207,6 +236,14 @@ def test_how_a_gpu_records(monkeypatch: pytest.MonkeyPatch) -> None:
         events.append(f"step on {current[-1].name}")
         return said
 
+    def broken() -> Any:
+        events.append("broken")
+        raise torch.OutOfMemoryError("full")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        CudaGraphs(torch.device("cuda", 0))(broken)
+    assert events == ["side waits for main", "broken", "main waits for side"]  # which may still read what was given
+    events.clear()
     play, where = CudaGraphs(torch.device("cuda", 0))(step)
     graphs._side_stream.cache_clear()  # pyright: ignore[reportPrivateUsage]
     assert where is said

@@ -17,7 +17,6 @@ from heeler.policies.llama import run_layers, try_fused
 from heeler.policies.logprobs import logprobs_alone, token_logprobs
 from heeler.runtime import fusing
 from heeler.train.text import build_text_run
-from heeler.types import HeelerError
 from tests.policies.test_llama import body_of, shared_rows
 from tests.runs import small
 from tests.tiny import save_tiny_model
@@ -35,10 +34,11 @@ def fused(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
     def compiled(function: Any) -> Any:
         if function not in made:
-            made[function] = torch.compile(function, backend=backend, fullgraph=True)
+            made[function] = torch.compile(function, backend=backend, fullgraph=True, **limit)
         return made[function]
 
     made: dict[Any, Any] = {}
+    limit: dict[str, Any] = fusing._LIMIT  # pyright: ignore[reportPrivateUsage]
     monkeypatch.setattr(fusing, "_fused", compiled)
     monkeypatch.setattr(layer_parts, "loaded", lambda: None)
     monkeypatch.setattr(logprobs, "kernels_for", lambda x: None)
@@ -101,8 +101,9 @@ def test_fused_logprobs_are_the_logprobs(frozen: bool, entropy: bool, fused: Cal
 
 def test_it_is_tried_before_it_is_used(fused: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch) -> None:
     body = body_of("llama", std=0.1)
+    head = torch.randn(60, 32, generator=torch.Generator().manual_seed(0))
     for compute in (torch.float32, torch.bfloat16):
-        assert try_fused(body, compute) == "" and fusing.fuses_on(CPU)
+        assert try_fused(body, head, compute, 300) == "" and fusing.fuses_on(CPU)
     settings: dict[str, Any] = {"compute": torch.float32, "width": 8, "scale": 1.0, "eps": 1e-5, "mask": None}
     turn = torch.zeros(1, 2, 8), torch.zeros(1, 2, 8)
     x = torch.zeros(1, 2, 8)
@@ -112,16 +113,17 @@ def test_it_is_tried_before_it_is_used(fused: Callable[[bool], None], monkeypatc
         raise ImportError("no compiler\nand more")
 
     monkeypatch.setattr(FusedParts, "_do", broken)
-    assert try_fused(body, torch.float32) == "ImportError: no compiler" and not fusing.fuses_on(CPU)
+    assert try_fused(body, head, torch.float32, 300) == "ImportError: no compiler" and not fusing.fuses_on(CPU)
     assert type(parts_for(x, **settings, turn=turn)) is Parts
     monkeypatch.setattr(FusedParts, "gate", lambda self, gu: 1.1 * Parts.gate(self, gu))
     monkeypatch.setattr(FusedParts, "_do", Parts._do)  # pyright: ignore[reportPrivateUsage]
-    assert try_fused(body, torch.float32) == "what was fused gives other numbers" and not fusing.fuses_on(CPU)
+    assert try_fused(body, head, torch.float32, 300) == "what was fused gives other numbers"
+    assert not fusing.fuses_on(CPU)
 
 
-def test_on_a_cpu_it_is_refused(tiny_llama: str, tmp_path: Path) -> None:
-    with pytest.raises(HeelerError, match="--fuse-layers is for GPUs"):
-        build_text_run(small(tiny_llama, tmp_path / "run", fuse_layers=True), prompts=["a"], reward=lambda **_: [0.0])
+def test_a_run_that_was_fused_goes_on_without_a_gpu(tiny_llama: str, tmp_path: Path) -> None:
+    run = build_text_run(small(tiny_llama, tmp_path / "run", fuse_layers=True), prompts=["a"], reward=lambda **_: [0.0])
+    assert "--fuse-layers changes nothing on a CPU" in "\n".join(run.notes) and not run.resolved()["layers_fused"]
 
 
 def test_a_run_says_why_nothing_is_fused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

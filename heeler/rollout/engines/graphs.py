@@ -108,8 +108,13 @@ class Steps:
         try:
             shape.play, shape.said = self.record(step)
             reason = "" if self._agrees(shape, step) else "what they played back was something else"
+        except torch.OutOfMemoryError:  # perhaps there is room in the next call
+            self.works = False
+            self.shapes.clear()
+            return False
         except RuntimeError as error:
-            reason = str(error).strip().partition("\n")[0]
+            cause = error.__context__ or error  # torch's own, where it failed to end a recording that had failed
+            reason = str(cause).strip().partition("\n")[0]
         if reason:
             self.works = False
             self.shapes.clear()
@@ -152,11 +157,13 @@ class CudaGraphs:
         with torch.cuda.device(self.device):
             stream = _side_stream(self.device)
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                step()  # what libraries prepare when they are first used cannot be recorded
-                with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
-                    said = step()
-            torch.cuda.current_stream().wait_stream(stream)
+            try:
+                with torch.cuda.stream(stream):
+                    step()  # what libraries prepare when they are first used cannot be recorded
+                    with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
+                        said = step()
+            finally:
+                torch.cuda.current_stream().wait_stream(stream)
         return graph.replay, said
 
 
