@@ -48,9 +48,7 @@ class Parts:
         """`(y, norm(y) * weight in the products' type)` of `y = x + added`."""
         return self._do(layer_math.add_norm, x, added, weight, self.eps, self.compute)
 
-    def norm_back(
-        self, dn: Tensor, x: Tensor, weight: Tensor, dz: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def norm_back(self, dn: Tensor, x: Tensor, weight: Tensor, dz: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """From `dn`, the gradient of `n = norm(x) * weight`, and `dz`, what reaches x besides.
 
         Returns:
