@@ -276,6 +276,27 @@ def distance(a: Any, b: Any) -> float:
     return sum(float((x - y).square().sum()) for x, y in zip(a.parameters(), b.parameters(), strict=True)) ** 0.5
 
 
+ROOT = Path(__file__).parent.parent
+
+
+def test_what_gives_trls_defaults_is_a_run(tiny_llama: str, tmp_path: Path) -> None:
+    """The last column of the table in docs/from_trl.md, as one command."""
+    page = (ROOT / "docs" / "from_trl.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1:-1] for line in page.splitlines() if line.startswith("| ")]
+    given = re.findall("`([^`]+)`", " ".join(row[2] for row in rows[1:] if len(row) == 3))
+    flags = [part for part in given if part.startswith("--")]
+    choices = [part for kind in ("trainable:", "critic:", "kl:") for part in given if part.startswith(kind)]
+    assert len(flags) == 11 and choices == ["trainable:full", "critic:separate-critic", "kl:fixed-kl --kl.coef 0.05"]
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "run"
+    prompts.write_text('{"prompt": "a"}\n{"prompt": "b"}\n')
+    own = ["--model", tiny_llama, "--prompts", str(prompts), "--reward", "length", "--out", str(out), "--updates", "1"]
+    words = [word for part in (*flags, *choices) for word in part.split()]
+    assert main(["ppo", "lm", *own, "--prompts-per-update", "2", "--precision", "fp32", "--threads", "1", *words]) == 0
+    config = read_json(out / "config.json")["config"]
+    assert config["trainable"]["type"] == "Full" and config["adam_betas"] == [0.9, 0.999]
+    assert config["ppo"]["epochs"] == 4 and config["ppo"]["value_clip"] == 0.2 and config["lr"] == 3e-6
+
+
 VERBS = ["ppo", "ppo lm", "ppo gym", "ppo dialogue", "ppo imdb", "ppo qa", "ppo arithmetic", "ppo translate",
          "ppo calculator", "ppo lunarlander", "ppo lm trainable:lora", "ppo lm trainable:top-layers",
          "ppo lm critic:separate-critic", "ppo lm kl:adaptive-kl", "ppo lm tokens:only-tokens",
@@ -286,7 +307,6 @@ VERBS = ["ppo", "ppo lm", "ppo gym", "ppo dialogue", "ppo imdb", "ppo qa", "ppo 
          "export"]  # fmt: skip
 
 
-ROOT = Path(__file__).parent.parent
 FLAG = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*(?:\.[a-z0-9-]+)*(?![a-z0-9-]|\.`)")
 PAGES = ("settings", "from_trl", "rlhf", "rewards", "data", "engines", "dialogue", "translation", "control")
 OF_OTHERS = {"--help", "--version", "--no-deps", "--env-kwargs"}  # the last one is read before the others

@@ -29,6 +29,7 @@ from heeler.policies.logprobs import logprobs_alone, token_logprobs
 from heeler.policies.precision import is_linear, round_linear
 from heeler.policies.quantized import numbers, quantize_linear
 from heeler.policies.splitting import full_attention, layer_list, shared_copy, split, top_parameters
+from heeler.runtime.machine import type_of
 from heeler.runtime.packages import quiet_transformers, require
 from heeler.types import HeelerError, Inputs, PolicyOutput
 
@@ -253,7 +254,7 @@ class LanguageModelPolicy:
         """Keep the adapted weights in 4 bits; the engine's copy takes what they are then."""
         if self.device.type not in ("cpu", "cuda"):
             raise HeelerError(f"--trainable.quantize nf4 runs on cpu and cuda, not on {self.device}: leave it at none")
-        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        dtype = type_of(self.precision)
         chosen = {n: m for n, m in self.model.named_modules() if is_linear(m) and id(m.weight) in adapted}
         quantize_linear(self.model, chosen, dtype)
         rounded = self.engine_model.state_dict()

@@ -8,9 +8,12 @@ import random
 import sys
 import time
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from heeler.types import HeelerError
+
+if TYPE_CHECKING:
+    import torch
 
 Precision = Literal["auto", "fp32", "bf16"]
 
@@ -45,12 +48,18 @@ def _seconds_per_product(dtype: Any, size: int = 512, repeats: int = 3) -> float
     return best
 
 
-def product_rate(precision: Literal["fp32", "bf16"]) -> float:
-    """Operations a second of a product of 1024 x 1024 matrices on the CPU, with torch's threads."""
+def type_of(precision: str) -> torch.dtype:
+    """The type of matrix products in "bf16" or "fp32"."""
     import torch
 
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+def product_rate(precision: Literal["fp32", "bf16"]) -> float:
+    """Operations a second of a product of 1024 x 1024 matrices on the CPU, with torch's threads."""
+
     size = 1024
-    return 2.0 * size**3 / _seconds_per_product(torch.bfloat16 if precision == "bf16" else torch.float32, size, 5)
+    return 2.0 * size**3 / _seconds_per_product(type_of(precision), size, 5)
 
 
 def choose_precision(wanted: Precision, device: str) -> tuple[Literal["fp32", "bf16"], str]:

@@ -339,9 +339,6 @@ class TextRun(Run):
         return list(rollout.completions)
 
 
-PRODUCTS = {"bf16": torch.bfloat16, "fp32": torch.float32}  # the type of the products
-
-
 def kernels_of(policy: LanguageModelPolicy, engine: Engine) -> dict[str, Any]:
     """Which ways through the model were chosen, for config.json.
 
@@ -351,7 +348,7 @@ def kernels_of(policy: LanguageModelPolicy, engine: Engine) -> dict[str, Any]:
     whether a GPU plays recorded steps back, `layers_fused` whether torch.compile fuses what lies between the products.
     """
     packs = isinstance(engine, BatchEngine) and engine.pack_weights
-    products = PRODUCTS[policy.precision]
+    products = machine.type_of(policy.precision)
     states = torch.zeros(1, device=policy.device)
     library = library_for(policy.engine_model.get_output_embeddings().weight) if packs else None
     return {
@@ -375,7 +372,7 @@ def _fuse(wanted: bool, policy: LanguageModelPolicy, tokens: int | None) -> list
         return ["--fuse-layers changes nothing on a CPU, where what lies between matrix products is compiled already"]
     if not can_write_out(policy.top):
         return ["--fuse-layers changes nothing here: this model's layers run by transformers"]
-    head, products = policy.model.get_output_embeddings().weight, PRODUCTS[policy.precision]
+    head, products = policy.model.get_output_embeddings().weight, machine.type_of(policy.precision)
     reason = try_fused(policy.top, head, products, pass_budget(tokens, policy.device))
     return [f"what lies between matrix products is not fused, which is slower: {reason}"] if reason else []
 
