@@ -126,8 +126,10 @@ def test_it_is_tried_before_it_is_used(fused: Callable[[bool], None], monkeypatc
 
 
 def test_a_run_that_was_fused_goes_on_without_a_gpu(tiny_llama: str, tmp_path: Path) -> None:
+    fusing.fuse_on(CPU)  # as an earlier run in this process leaves it
     run = build_text_run(small(tiny_llama, tmp_path / "run", fuse_layers=True), prompts=["a"], reward=lambda **_: [0.0])
     assert "--fuse-layers changes nothing on a CPU" in "\n".join(run.notes) and not run.resolved()["layers_fused"]
+    assert not fusing.fuses_on(CPU)
 
 
 def test_a_run_says_why_nothing_is_fused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
